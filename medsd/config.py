@@ -1,0 +1,357 @@
+"""One flat dataclass per recipe; its flags and its YAML section are two spellings of the same fields.
+
+A *recipe config* is a dataclass below. `parse` reads `--config FILE.yaml` first and the flags after it, so flags win.
+`{name}` in a default folder stands for the YAML's stem, or `phantom` without one: this is how recipes find each
+other's folders. The parser is imported here and nowhere else.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar, Literal, TypeVar
+
+from medsd.errors import InputError
+
+USER_ERROR = 1
+USAGE_ERROR = 2
+INTERRUPTED = 130
+PHANTOM = "phantom"
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class RecipeConfig:
+    """What every recipe config shares: its section's name and the run name in its folders."""
+
+    section: ClassVar[str]
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if isinstance(getattr(self, field.name), str):
+                setattr(self, field.name, getattr(self, field.name).replace("{name}", PHANTOM))
+
+
+@dataclass
+class PrepareDataConfig(RecipeConfig):
+    """Turn medical images into a Parquet data set with class-token prompts and a patient-level split."""
+
+    section: ClassVar[str] = "prepare_data"
+
+    source: Literal["phantom", "images", "csv", "dicom", "npz"] = "phantom"
+    """What lies in data_dir: the built-in phantom, one folder per class, a CSV beside images, a DICOM tree with a CSV, a MedMNIST npz."""
+    data_dir: str | None = None
+    """Folder of the images; for npz also the file itself. The phantom is written here (default: beside output_dir)."""
+    output_dir: str = "runs/{name}/data"
+    """Folder of the prepared data set."""
+    labels: str | None = None
+    """CSV with a row per image, for csv and dicom. A path relative to data_dir or to here."""
+    image_column: str | None = None
+    """CSV column of the image's file name (relative to data_dir), or of its SOPInstanceUID. Default: the first of file, path, image, image_id, filename, dicom_name."""
+    label_column: str = "label"
+    """CSV column of the label."""
+    patient_column: str | None = None
+    """CSV column of the patient. Default: the DICOM header's PatientID, else study, series, file."""
+    split_column: str | None = None
+    """CSV column that already says train, validation or test."""
+    split_fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    """Shares of train, validation and test patients where the source gives no split."""
+    class_names: tuple[str, ...] | None = None
+    """Names for the labels 0, 1, 2, ... of an npz, or the order of the classes. Default: sorted labels."""
+    resolution: int = 64
+    """Side of the square images in pixels; larger images shrink to it, smaller ones are padded."""
+    resize: Literal["pad", "crop", "stretch"] = "pad"
+    """How an image that is not square becomes square."""
+    windows: tuple[str, ...] | None = None
+    """CT windows, one channel each: brain, subdural, bone, lung, abdomen, or CENTRE/WIDTH in HU. Default for CT: brain subdural bone (phantom: brain)."""
+    prompt_template: str | None = None
+    """Sentence around the class, with {label} in it. Default: "a head CT with {label}" for the phantom, else "a medical image of {label}"."""
+    duplicates: Literal["refuse", "drop", "keep"] = "refuse"
+    """What to do with identical images in two splits; drop takes them from train first, never from test."""
+    max_quarantine: float = 0.05
+    """Largest share of unreadable files before the run is refused."""
+    num_workers: int = 2
+    """Processes that decode files."""
+    seed: int = 0
+    """Seed of the split (and of the phantom)."""
+    salt_file: str | None = None
+    """File with the secret that patients' ids are hashed with. Default: one per person, in the user's config folder."""
+    overwrite: bool = False
+    """Replace a data set that is already in output_dir."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt_template is not None and "{label}" not in self.prompt_template:
+            raise InputError(f'--prompt_template "{self.prompt_template}" has no {{label}} in it')
+        if self.source != "phantom" and self.data_dir is None:
+            raise InputError(f"--source {self.source} needs --data_dir")
+        if self.source == "csv" and self.labels is None:
+            raise InputError("--source csv needs --labels FILE.csv")
+
+
+@dataclass
+class TrainingConfig(RecipeConfig):
+    """The flags of every training recipe; names follow diffusers' scripts."""
+
+    dataset_name: str = "runs/{name}/data"
+    """Prepared data folder or Hub id."""
+    train_batch_size: int = 32
+    """Images per device and micro-batch."""
+    max_train_steps: int = 1000
+    """Optimizer updates."""
+    learning_rate: float | None = None
+    """Peak learning rate. Default: 1e-3 from a preset, 1e-4 for LoRA, 1e-5 when a pretrained model is trained in full."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls after the warm-up."""
+    lr_warmup_steps: int = 100
+    """Optimizer updates over which the learning rate rises."""
+    use_ema: bool = True
+    """Keep an exponential moving average of the trained weights, and save that."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the forward pass; trained weights stay float32."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer update."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    use_8bit_adam: bool = False
+    """AdamW with 8-bit states, from bitsandbytes."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """Attention by xformers instead of torch's own; needs a GPU."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    dataloader_num_workers: int = 0
+    """Processes that read images while the model trains."""
+    max_train_samples: int | None = None
+    """Train on at most this many images."""
+    seed: int = 0
+    """Seed of weights, order, noise and timesteps."""
+    validation_steps: int = 500
+    """Updates between two looks at held-out loss, quick AUROC and previews."""
+    checkpointing_steps: int = 500
+    """Updates between two checkpoints."""
+    checkpoints_total_limit: int | None = 2
+    """Checkpoints kept; the oldest go first."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint folder, or latest (starts anew where there is none)."""
+    overwrite: bool = False
+    """Replace what is already in output_dir."""
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    """Where curves and previews go, beside metrics.jsonl."""
+    push_to_hub: bool = False
+    """Push the finished folder to the Hub."""
+    hub_model_id: str | None = None
+    """Hub repository, user/name."""
+    hub_private_repo: bool = True
+    """Make the Hub repository private."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.push_to_hub and self.hub_model_id is None:
+            raise InputError("--push_to_hub needs --hub_model_id user/name")
+        if self.overwrite and self.resume_from_checkpoint:
+            raise InputError("--overwrite and --resume_from_checkpoint exclude each other: drop one")
+
+
+@dataclass
+class FinetuneUNetConfig(TrainingConfig):
+    """Fine-tune (or train from a preset) a class-conditional diffusion UNet."""
+
+    section: ClassVar[str] = "finetune_unet"
+
+    output_dir: str = "runs/{name}/unet"
+    """Folder of the pipeline that comes out."""
+    pretrained_model_name_or_path: str | None = None
+    """Pipeline folder or Hub id to start from: any Stable Diffusion 1.x / 2.x, or a medsd run."""
+    revision: str | None = None
+    """Revision of a Hub id."""
+    preset: Literal["tiny", "small", "sd15"] | None = None
+    """Size of a model that starts from random weights. Default without a pretrained one: tiny."""
+    vae: str | None = None
+    """Folder or Hub id of an AutoencoderKL, for a preset or in place of the pretrained pipeline's own."""
+    codec: Literal["kl", "pixels"] | None = None
+    """kl: latents of an AutoencoderKL; pixels: space-to-depth. Default: kl where there is a VAE, else pixels."""
+    pixel_factor: int = 4
+    """Side of the pixel block that becomes channels (codec pixels)."""
+    rank: int | None = None
+    """Train LoRA adapters of this rank instead of the whole UNet."""
+    lora_alpha: int | None = None
+    """Scale of the LoRA adapters. Default: the rank."""
+    train_text_encoder: bool = False
+    """Train a pretrained text encoder in full; otherwise only its class tokens learn. A preset's always trains."""
+    class_tokens: Literal["auto", "words"] = "auto"
+    """auto: each class is a new word such as <epidural>; words: the class's name as plain words."""
+    unconditional: bool = False
+    """Ignore the classes: every prompt is the empty one."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the UNet predicts. Default: the pretrained scheduler's, else epsilon."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
+    """Noise schedule. Default: the pretrained scheduler's, else scaled_linear."""
+    loss_type: Literal["l2", "l1", "huber"] = "l2"
+    """Element-wise loss of the prediction."""
+    snr_gamma: float | None = None
+    """Min-SNR-gamma loss weights (Hang et al., 2023); 5 is usual."""
+    proportion_empty_prompts: float = 0.1
+    """Share of training images whose prompt is dropped, so that guidance works."""
+    class_sampling: Literal["natural", "balanced", "sqrt"] = "natural"
+    """How often each class is drawn: as it comes, equally often, or between the two."""
+    random_shift: int = 0
+    """Augmentation: move training images by up to this many pixels."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pretrained_model_name_or_path and self.preset:
+            raise InputError("--pretrained_model_name_or_path and --preset exclude each other: drop one")
+        if self.preset and self.rank:
+            raise InputError("--rank adapts a pretrained model: give --pretrained_model_name_or_path instead of --preset")
+        if self.codec == "kl" and self.preset and self.vae is None:
+            raise InputError("--codec kl with --preset needs --vae FOLDER")
+        if self.codec == "pixels" and (self.vae or self.pretrained_model_name_or_path):
+            raise InputError("--codec pixels is for a --preset without --vae; a pretrained model keeps its own codec")
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise InputError(f"--proportion_empty_prompts {self.proportion_empty_prompts} is not within 0 and 1")
+
+
+@dataclass
+class GenerateConfig(RecipeConfig):
+    """Generate images of each class."""
+
+    section: ClassVar[str] = "generate"
+
+    pipeline: str = "runs/{name}/unet"
+    """Pipeline folder or Hub id."""
+    output_dir: str = "runs/{name}/images"
+    """Folder of the images: CLASS/NNNNN.png and manifest.jsonl."""
+    class_name: tuple[str, ...] | None = None
+    """Classes to generate. Default: every class."""
+    num_images: int = 16
+    """Images per class."""
+    num_inference_steps: int = 30
+    """Denoising steps."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 is none."""
+    scheduler: str | None = None
+    """Name of a diffusers scheduler class. Default: the pipeline's own."""
+    seed: int = 0
+    """Seed of the first image; image i of a class uses seed + i."""
+    batch_size: int = 16
+    """Images per batch."""
+    overwrite: bool = False
+    """Replace what is already in output_dir."""
+
+
+@dataclass
+class ClassifyConfig(RecipeConfig):
+    """Score class likelihoods of a data set with a diffusion model, and measure them."""
+
+    section: ClassVar[str] = "classify"
+
+    pipeline: str = "runs/{name}/unet"
+    """Pipeline folder or Hub id."""
+    dataset_name: str = "runs/{name}/data"
+    """Prepared data folder or Hub id."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Split to score."""
+    output_dir: str = "runs/{name}/scores"
+    """Folder of likelihoods.parquet and metrics.json."""
+    mode: Literal["posterior", "decide", "full"] = "posterior"
+    """posterior: stop when the probabilities are known well; decide: stop when one class is left; full: all pairs."""
+    weighting: Literal["uniform", "elbo"] = "uniform"
+    """Weights over timesteps: uniform ranks best, elbo is the bound itself."""
+    max_pairs: int = 64
+    """(timestep, noise) pairs per image and class, at most."""
+    delta: float = 0.05
+    """Probability that a decision may differ from the one of all pairs."""
+    calibrate: Literal["validation", "none"] = "validation"
+    """Split that temperature and class bias are fitted on; none uses what the pipeline holds."""
+    prior: Literal["uniform", "train"] = "uniform"
+    """Class prior: equal, or the training split's frequencies."""
+    max_samples: int | None = None
+    """Score at most this many images, and calibrate on at most this many."""
+    batch_size: int = 64
+    """Rows (image x class x pair) per UNet call."""
+    seed: int = 0
+    """Seed of timesteps and noise."""
+    overwrite: bool = False
+    """Replace what is already in output_dir."""
+
+
+RECIPES: tuple[type[RecipeConfig], ...] = (PrepareDataConfig, FinetuneUNetConfig, GenerateConfig, ClassifyConfig)
+
+
+Config = TypeVar("Config", bound=RecipeConfig)
+
+
+def parse(recipe: type[Config], argv: Sequence[str]) -> Config:
+    """Recipe config from `--config FILE.yaml` and flags.
+
+    Raises InputError for a mistake in the YAML or between fields; the parser itself exits with 2 for a flag it cannot read.
+    """
+    import tyro
+
+    flags, path = _split_config_flag(argv)
+    default = recipe(**_named_folders(recipe, path), **_section(recipe, path))
+    description = f"{recipe.__doc__} --config FILE.yaml fills these fields from its section `{recipe.section}`; flags win."
+    return tyro.cli(recipe, args=flags, default=default, description=description, use_underscores=True)
+
+
+def run(main: Callable[[Config], None], recipe: type[Config]) -> None:
+    """Parse the command line and call `main`; end with one line and the contract's exit code where something is wrong."""
+    warnings.filterwarnings("ignore", module="xformers|bitsandbytes")
+    config = _or_exit(lambda: parse(recipe, sys.argv[1:]), USAGE_ERROR)
+    _or_exit(lambda: main(config), USER_ERROR)
+
+
+def _or_exit(step: Callable[[], Result], code: int) -> Result:
+    try:
+        return step()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except (InputError, OSError) as error:
+        if os.environ.get("MEDSD_DEBUG") == "1":
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _split_config_flag(argv: Sequence[str]) -> tuple[list[str], Path | None]:
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--config", type=Path)
+    known, rest = flags.parse_known_args(argv)
+    return rest, known.config
+
+
+def _named_folders(recipe: type[RecipeConfig], path: Path | None) -> dict[str, str]:
+    name = path.stem if path else PHANTOM
+    defaults = {field.name: field.default for field in fields(recipe) if isinstance(field.default, str)}
+    return {key: value.replace("{name}", name) for key, value in defaults.items() if "{name}" in value}
+
+
+def _section(recipe: type[RecipeConfig], path: Path | None) -> dict[str, object]:
+    """The YAML's section of this recipe, checked field by field."""
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+    if path is None:
+        return {}
+    if not path.is_file():
+        raise InputError(f"--config {path}: no such file")
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {path} is not YAML: {error}") from error
+    known = {config.section for config in RECIPES}
+    if not isinstance(content, dict) or not content.keys() <= known:
+        unknown = sorted(content.keys() - known) if isinstance(content, dict) else content
+        raise InputError(f"--config {path}: unknown section {unknown}; sections are {sorted(known)}")
+    section = content.get(recipe.section) or {}
+    try:
+        checked = TypeAdapter(recipe).validate_python(section)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise InputError(f"--config {path}, section {recipe.section}: {wrong}") from error
+    return {key: getattr(checked, key) for key in section}

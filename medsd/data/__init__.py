@@ -1,0 +1,1 @@
+"""Images and labels in: files, intensity maps, sources, prepared data sets."""

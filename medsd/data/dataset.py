@@ -1,0 +1,139 @@
+"""A prepared data folder: its columns, its `medsd.json`, and how both are read back.
+
+An image is stored as a struct of bytes, shape and dtype, because that keeps the source's own integers and reads fast.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medsd.data.intensity import IntensityMap, intensity_from_dict
+from medsd.errors import InputError
+
+SPLITS = ("train", "validation", "test")
+INFO_FILE = "medsd.json"
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a model must know of the data it was trained on: `medsd.json`."""
+
+    class_names: list[str]
+    prompts: list[str]
+    """One prompt per class."""
+    class_tokens: list[str]
+    """New tokenizer words in the prompts, one per class; empty where classes are plain words."""
+    intensity: dict[str, Any]
+    resolution: int
+    resize: str
+    image_channels: int
+    """Channels of the stored image, before the intensity map."""
+    unit: str
+    """Unit of stored values: HU or grey value."""
+    fingerprint: str
+    """sha256 over keys, labels, splits and pixels."""
+
+    @property
+    def intensity_map(self) -> IntensityMap:
+        """The recorded map between the stored unit and `[-1, 1]`."""
+        return intensity_from_dict(self.intensity)
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image in `[-1, 1]`."""
+        return self.intensity_map.channels(self.image_channels)
+
+    def with_words(self) -> "DataInfo":
+        """The same data with plain words in place of class tokens."""
+        prompts = [prompt.replace(token, name) for prompt, token, name in zip(self.prompts, self.class_tokens, self.class_names, strict=True)]
+        return replace(self, prompts=prompts, class_tokens=[])
+
+    def without_classes(self) -> "DataInfo":
+        """The same data for an unconditional model."""
+        return replace(self, class_names=[], prompts=[], class_tokens=[])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+
+def pack(image: np.ndarray) -> dict[str, Any]:
+    """Array `(C, H, W)` -> the stored struct."""
+    return {"bytes": np.ascontiguousarray(image).tobytes(), "shape": list(image.shape), "dtype": str(image.dtype)}
+
+
+def unpack(stored: dict[str, Any]) -> np.ndarray:
+    """The stored struct -> array `(C, H, W)`."""
+    return np.frombuffer(stored["bytes"], dtype=stored["dtype"]).reshape(stored["shape"])
+
+
+def data_features(class_names: list[str], with_mask: bool) -> Any:
+    """`datasets.Features` of a prepared folder."""
+    from datasets import ClassLabel, Features, Image, List, Value
+
+    array = {"bytes": Value("binary"), "shape": List(Value("int32")), "dtype": Value("string")}
+    columns = {
+        "key": Value("string"),
+        "image": array,
+        "preview": Image(),
+        "label": ClassLabel(names=class_names),
+        "prompt": Value("string"),
+        "patient_id": Value("string"),
+        "series_id": Value("string"),
+        "slice_index": Value("int32"),
+        "pixel_spacing": List(Value("float32")),
+    }
+    return Features(columns | ({"mask": array} if with_mask else {}))
+
+
+def load_info(folder_or_hub_id: str | Path) -> DataInfo:
+    """`medsd.json` of a prepared folder or Hub data set."""
+    path = Path(folder_or_hub_id) / INFO_FILE
+    if not path.is_file():
+        path = _download_info(str(folder_or_hub_id))
+    return DataInfo(**json.loads(path.read_text()))
+
+
+def load_dataset(folder_or_hub_id: str | Path, split: str | None = None) -> Any:
+    """Prepared data as `datasets` gives it, with `image` (and `mask`) decoded to arrays `(C, H, W)` in the source's unit.
+
+    Raises InputError where the folder is not a prepared one or has no such split.
+    """
+    import datasets
+
+    load_info(folder_or_hub_id)
+    try:
+        loaded = datasets.load_dataset(str(folder_or_hub_id), split=split)
+    except ValueError as error:
+        raise InputError(f"{folder_or_hub_id}: {error}") from error
+    return loaded.with_transform(_decode)
+
+
+def available_splits(folder_or_hub_id: str | Path) -> list[str]:
+    """Splits the data has, in the order train, validation, test."""
+    import datasets
+
+    load_info(folder_or_hub_id)
+    names = datasets.get_dataset_split_names(str(folder_or_hub_id))
+    return [split for split in SPLITS if split in names]
+
+
+def _decode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    decoded = {column: [unpack(stored) for stored in batch[column]] for column in ("image", "mask") if column in batch}
+    return batch | decoded
+
+
+def _download_info(hub_id: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    missing = f"{hub_id}: no prepared data there (no {INFO_FILE}); make it with `python recipes/prepare_data.py --output_dir {hub_id}`"
+    if Path(hub_id).exists() or hub_id.count("/") != 1:
+        raise InputError(missing)
+    try:
+        return Path(hf_hub_download(hub_id, INFO_FILE, repo_type="dataset"))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(missing) from error

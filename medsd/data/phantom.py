@@ -1,0 +1,565 @@
+"""The embedded default: a procedural head CT with the classes of RSNA-2019, written as real DICOM. Nobody's data.
+
+A class is told by the place and the shape of its bleed, never by brightness: every slice shows the same area of blood
+drawn from one distribution, and what the bleed leaves over (in `normal`: all of it) lies in distractors, outside the
+skull or in the falx.
+
+Words. Head frame: mm from the middle of the head, x to the image's right, y towards the occiput (downwards).
+Depth: mm below the inner skull, negative outside. Arc: mm along the inner skull from a given angle. Level: mm above the
+plane of the third ventricle. A signed field `(size, size)` is in mm, positive inside its shape and zero on its edge.
+"""
+
+import csv
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+from medsd.errors import InputError
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+CLASSES: tuple[str, ...] = ("normal", "epidural", "subdural", "subarachnoid", "intraparenchymal", "intraventricular")
+MAX_SLICES = 12
+SLICE_STEP = 6.0
+"""Distance of two slices, mm."""
+BLEED_AREA = (600.0, 1050.0)
+DISTRACTOR_AREA = (120.0, 800.0)
+"""Range of the area in mm2 that the bleed, and beside it the distractors, cover; `normal` puts both into distractors."""
+BLOOD_HU = (56.0, 72.0)
+EDGE_AREA = (1000.0, 1800.0)
+"""Range of the area in mm2 at the HU of a bleed's blurred edge: what the edges leave over is bruised scalp."""
+OUTSIDE = np.float32(-1000.0)
+"""Value of a signed field where its shape may never grow; also the HU of air."""
+
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Scanner:
+    """How a machine stores HU (`HU = stored * slope + intercept`) and how its images look."""
+
+    model: str
+    slope: float
+    intercept: float
+    signed: bool
+    noise: float
+    """Standard deviation, HU."""
+    blur: float
+    """Standard deviation of the reconstruction kernel, mm."""
+
+
+SCANNERS = (
+    Scanner("Borealis 16", slope=1.0, intercept=-1024.0, signed=False, noise=2.8, blur=1.4),
+    Scanner("Meridian 64", slope=1.0, intercept=0.0, signed=True, noise=4.0, blur=0.9),
+    Scanner("Zephyr S", slope=0.5, intercept=-1000.0, signed=True, noise=3.2, blur=1.1),
+)
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What the slices of one patient share. Lengths in mm, densities in HU, angles in radians."""
+
+    scanner: Scanner
+    field_of_view: float
+    centre: np.ndarray
+    tilt: float
+    half_axes: np.ndarray
+    """Of the inner skull: half width, half length."""
+    squareness: float
+    """Exponent of the superellipse; 2 is an ellipse."""
+    bumps: np.ndarray
+    """(4,): cosine and sine amplitudes of the outline's first and third harmonic, relative."""
+    skull: float
+    scalp: float
+    bone_hu: float
+    scalp_hu: float
+    grey_hu: float
+    white_hu: float
+    csf_hu: float
+    ventricles: float
+    """Area at level 0, mm2."""
+    ventricle_asymmetry: float
+    atrophy: float
+    """Half the width of a sulcus at the surface."""
+    sulci: int
+    first_level: float
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """One slice's geometry; fields are `(size, size)` float32, mm and radians in the head frame."""
+
+    pixel: float
+    axes: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    angle: np.ndarray
+    radius: np.ndarray
+    inner: np.ndarray
+    """Distance of the inner skull from the middle, at the pixel's angle."""
+    depth: np.ndarray
+    height: np.ndarray
+    """Above the outer skull."""
+    midline: np.ndarray
+    """Signed distance from the falx."""
+    ventricles: np.ndarray
+    """Signed field."""
+    sulcus: np.ndarray
+    """Integer: which sulcus is nearest."""
+    beside: np.ndarray
+    """Distance sideways from that sulcus."""
+    sulcus_depth: np.ndarray
+    """How deep that sulcus reaches."""
+
+
+def slice_image(seed: int, patient: int, index: int, label: str, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    """Slice `index` (0 to 11, from below upwards) of a patient with a bleed of class `label`.
+
+    Returns the image `(1, size, size)` float32 in whole HU within [-1000, 3000], and the bleed's mask
+    `(1, size, size)` uint8, 0 or 1, all 0 for `normal`. The same arguments give the same slice; with another
+    label the same head. Raises InputError for an unknown label, an index or a size out of range.
+    """
+    _check_slice(patient, index, label, size)
+    head = _patient(seed, patient)
+    bleed_area, rest_area = _rng(seed, patient, index, 0).uniform(*zip(BLEED_AREA, DISTRACTOR_AREA, strict=True))
+    swelling = bleed_area if label == "intraventricular" else 0.0
+    anatomy = _anatomy(head, index, size, _rng(seed, patient, index, 1), swelling)
+    rng = _rng(seed, patient, index, 2)
+    bleed = BLEEDS[label](anatomy, bleed_area, rng) if label in BLEEDS else None
+    scalp = _scalp_bleeds(anatomy, [rest_area] if label in BLEEDS else [rest_area, bleed_area], rng)
+    oedema = _oedema(anatomy, bleed if label == "intraparenchymal" else None, rng)
+    interior = _interior(head, anatomy, bleed, oedema, _rng(seed, patient, index, 3))
+    bruise = _bruise(head, anatomy, scalp if bleed is None else [bleed, *scalp], rng)
+    image = _with_skull(head, anatomy, interior, scalp, bruise, _rng(seed, patient, index, 4))
+    mask = np.zeros((size, size), bool) if bleed is None else (bleed > 0) & (anatomy.depth > 0)
+    return image[None], mask[None].astype(np.uint8)
+
+
+def _check_slice(patient: int, index: int, label: str, size: int) -> None:
+    if label not in CLASSES:
+        raise InputError(f'no class "{label}" in the phantom; it has {", ".join(CLASSES)}')
+    if patient < 0 or not 0 <= index < MAX_SLICES:
+        raise InputError(f"patient {patient}, slice {index}: a patient >= 0 and a slice from 0 to {MAX_SLICES - 1} are expected")
+    if not 32 <= size <= 1024:
+        raise InputError(f"a phantom of {size} x {size} pixels; 32 to 1024 are possible")
+
+
+def _rng(*key: int) -> Rng:
+    return np.random.default_rng(np.random.SeedSequence(key))
+
+
+@lru_cache(maxsize=16)
+def _patient(seed: int, patient: int) -> Patient:
+    rng = _rng(seed, patient)
+    white = rng.uniform(24, 31)
+    return Patient(
+        scanner=SCANNERS[rng.integers(len(SCANNERS))],
+        field_of_view=rng.uniform(218, 236),
+        centre=rng.uniform(-7, 7, 2),
+        tilt=np.deg2rad(rng.uniform(-15, 15)),
+        half_axes=rng.uniform(0.88, 1.06) * np.array([rng.uniform(61, 68), rng.uniform(75, 85)]),
+        squareness=rng.uniform(2.0, 2.5),
+        bumps=rng.normal(0, [0.02, 0.02, 0.012, 0.012]),
+        skull=rng.uniform(5, 8.5),
+        scalp=rng.uniform(4.5, 8),
+        bone_hu=rng.uniform(1000, 1400),
+        scalp_hu=rng.uniform(8, 40),
+        grey_hu=white + rng.uniform(8, 11),
+        white_hu=white,
+        csf_hu=rng.uniform(5, 10),
+        ventricles=rng.uniform(450, 1300),
+        ventricle_asymmetry=rng.normal(0, 1.5),
+        atrophy=rng.uniform(0.4, 1.7),
+        sulci=int(rng.integers(18, 23)),
+        first_level=rng.uniform(0, 12),
+    )
+
+
+def _anatomy(head: Patient, index: int, size: int, rng: Rng, swelling: float) -> Anatomy:
+    """Slice `index` of a head, its ventricles widened by `swelling` mm2."""
+    level = head.first_level + SLICE_STEP * index
+    axes = head.half_axes * np.sqrt(1 - (level / 105) ** 2)
+    pixel = head.field_of_view / size
+    x, y = _head_frame(head, size)
+    radius, angle = np.hypot(x, y), np.arctan2(y, x)
+    inner = _outline(head, axes, angle)
+    midline = x + 2.0 * _noise(rng, size, 4)
+    fold = head.sulci / (2 * np.pi)
+    phase = fold * angle + 0.28 * _noise(rng, size, 10) * (0.5 + np.maximum(inner - radius, 0) / 18)
+    nearest = np.floor(phase)
+    area = head.ventricles * rng.uniform(0.6, 1.3) * (1 - level / 140) + swelling
+    ventricles = _ventricles(head, axes, midline, y + 1.5 * _noise(rng, size, 5), level)
+    return Anatomy(
+        pixel=pixel,
+        axes=axes,
+        x=x,
+        y=y,
+        angle=angle,
+        radius=radius,
+        inner=inner,
+        depth=inner - radius,
+        height=radius - inner - head.skull,
+        midline=midline,
+        ventricles=_grow(ventricles, area, pixel),
+        sulcus=nearest.astype(np.int64) % head.sulci,
+        beside=np.abs(phase - nearest - 0.5) * radius / fold,
+        sulcus_depth=rng.uniform(12, 28, head.sulci).astype(np.float32)[nearest.astype(np.int64) % head.sulci],
+    )
+
+
+def _head_frame(head: Patient, size: int) -> tuple[np.ndarray, np.ndarray]:
+    grid = ((np.arange(size) + 0.5) / size - 0.5) * head.field_of_view
+    across, down = grid[None, :] - head.centre[0], grid[:, None] - head.centre[1]
+    cos, sin = np.cos(head.tilt), np.sin(head.tilt)
+    return (cos * across + sin * down).astype(np.float32), (cos * down - sin * across).astype(np.float32)
+
+
+def _outline(head: Patient, axes: np.ndarray, angle: np.ndarray) -> np.ndarray:
+    """Distance of the inner skull from the middle: a superellipse with an egg's and a triangle's share."""
+    cos, sin = np.cos(angle), np.sin(angle)
+    power = np.float32(head.squareness)
+    ellipse = (np.abs(cos / axes[0]) ** power + np.abs(sin / axes[1]) ** power) ** (-1 / power)
+    bumps = head.bumps[0] * cos + head.bumps[1] * sin + head.bumps[2] * np.cos(3 * angle) + head.bumps[3] * np.sin(3 * angle)
+    return (ellipse * (1 + bumps)).astype(np.float32)
+
+
+def _ventricles(head: Patient, axes: np.ndarray, midline: np.ndarray, y: np.ndarray, level: float) -> np.ndarray:
+    """Field of frontal horns, bodies, occipital horns and third ventricle, to be grown to an area."""
+    up = np.clip((level - 8) / 22, 0, 1)
+    u, v = np.abs(midline) / axes[0], y / axes[1]
+    horns = (
+        ((0.05, -0.12), (0.21, -0.46), 2.5, 4.5, -0.03),
+        ((0.08 + 0.06 * up, -0.16), (0.17 + 0.03 * up, 0.20), 4 * up, 4 * up, -0.03),
+        ((0.15, 0.16), (0.31, 0.36), 1.5, 5.0, 0.02),
+        ((0.31, 0.36), (0.24, 0.56 - 0.1 * up), 5.0, 1.0, 0.02),
+        ((0.00, -0.06), (0.00, 0.14), 2.5 - 6 * up, 2.5 - 6 * up, 0.0),
+    )
+    field = np.max([_capsule(u, v, axes, *horn) for horn in horns], axis=0)
+    return field + head.ventricle_asymmetry * np.tanh(midline / 8)
+
+
+def _capsule(
+    u: np.ndarray,
+    v: np.ndarray,
+    axes: np.ndarray,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    first: float,
+    last: float,
+    bow: float = 0.0,
+) -> np.ndarray:
+    """Signed field (mm) of a thick line between two points in units of the half axes.
+
+    Its half width (mm) goes from `first` to `last`; its middle is bowed sideways by `bow` half widths of the head.
+    """
+    du, dv = end[0] - start[0], end[1] - start[1]
+    along = np.clip(((u - start[0]) * du + (v - start[1]) * dv) / (du * du + dv * dv), 0, 1)
+    across = u - start[0] - along * du - 4 * bow * along * (1 - along)
+    distance = np.hypot(across * axes[0], (v - start[1] - along * dv) * axes[1])
+    return (first + (last - first) * along - distance).astype(np.float32)
+
+
+def _epidural(anatomy: Anatomy, area: float, rng: Rng) -> np.ndarray:
+    """A lens against the inner skull: short arc, bulging into the brain."""
+    return _grow(np.where(anatomy.depth > 0, _lens(anatomy, anatomy.depth, area, _angle(rng), rng), OUTSIDE), area, anatomy.pixel)
+
+
+def _lens(anatomy: Anatomy, depth: np.ndarray, area: float, centre: float, rng: Rng) -> np.ndarray:
+    half = np.sqrt(0.75 * area / rng.uniform(0.45, 0.65))
+    return 0.75 * area / half * (1 - (_arc(anatomy, centre) / half) ** 2) - depth
+
+
+def _subdural(anatomy: Anatomy, area: float, rng: Rng) -> np.ndarray:
+    """A crescent along the inner skull of one side: long arc, thin, never across the falx."""
+    side = rng.choice([-1.0, 1.0])
+    centre = np.deg2rad(90 - side * 90 + rng.uniform(-50, 50))
+    crescent = np.minimum(_crescent(anatomy, anatomy.depth, area, centre, rng), side * anatomy.midline - 1)
+    return _grow(np.where(anatomy.depth > 0, crescent, OUTSIDE), area, anatomy.pixel)
+
+
+def _crescent(anatomy: Anatomy, depth: np.ndarray, area: float, centre: float, rng: Rng) -> np.ndarray:
+    thickness = rng.uniform(6.5, 8.5)
+    half = area / (1.6 * thickness)
+    return thickness * (1 - np.minimum(np.abs(_arc(anatomy, centre) / half), 4) ** 4) - depth
+
+
+def _subarachnoid(anatomy: Anatomy, area: float, rng: Rng) -> np.ndarray:
+    """Streaks: several neighbouring sulci filled, from the brain's surface inwards."""
+    reach = np.maximum(anatomy.sulcus_depth, 22)
+    half = 0.5 * area / (6.0 * 22) * 2 * np.pi / (int(anatomy.sulcus.max()) + 1) / 0.85
+    wide = np.abs(_turn(anatomy.angle - _angle(rng))) - half
+    streaks = -np.hypot(anatomy.beside, np.maximum(anatomy.depth - reach, 0)) - np.maximum(wide * anatomy.radius - 4, 0)
+    free = (rng.random(anatomy.sulcus.max() + 1) < 0.15)[anatomy.sulcus]
+    return _grow(np.where((anatomy.depth > 1) & (anatomy.ventricles < -3) & ~free, streaks, OUTSIDE), area, anatomy.pixel)
+
+
+def _intraparenchymal(anatomy: Anatomy, area: float, rng: Rng) -> np.ndarray:
+    """A rounded, irregular blob in the brain, clear of skull, ventricles and falx."""
+    clear = np.minimum(np.minimum(anatomy.depth - 7, -anatomy.ventricles - 3), np.abs(anatomy.midline) - 3)
+    blob = _blob(anatomy, clear, np.sqrt(area / np.pi), rng)
+    return _grow(np.where(clear > 0, np.minimum(blob, clear), OUTSIDE), area, anatomy.pixel)
+
+
+def _blob(anatomy: Anatomy, clear: np.ndarray, radius: float, rng: Rng) -> np.ndarray:
+    """Minus the distance from a random place with `clear` room for the radius (or nearly the most room there is)."""
+    places = np.flatnonzero(clear >= min(radius, 0.9 * clear.max()))
+    place = rng.choice(places)
+    dx, dy = anatomy.x - anatomy.x.flat[place], anatomy.y - anatomy.y.flat[place]
+    turn, stretch = rng.uniform(0, np.pi), rng.uniform(1.0, 1.25)
+    long, short = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
+    return -np.hypot(long / stretch, short * stretch) + 1.8 * _noise(rng, len(clear), 14)
+
+
+def _intraventricular(anatomy: Anatomy, area: float, rng: Rng) -> np.ndarray:
+    """Blood in the ventricles on one side of a straight or curled level: a layer, a cast of one horn."""
+    turn = _angle(rng)
+    level = np.cos(turn) * anatomy.x + np.sin(turn) * anatomy.y + 5 * _noise(rng, len(anatomy.x), 6)
+    filled = _grow(np.where(anatomy.ventricles > 0, level, OUTSIDE), area, anatomy.pixel)
+    return np.minimum(filled, anatomy.ventricles)
+
+
+BLEEDS: dict[str, Callable[[Anatomy, float, Rng], np.ndarray]] = {
+    "epidural": _epidural,
+    "subdural": _subdural,
+    "subarachnoid": _subarachnoid,
+    "intraparenchymal": _intraparenchymal,
+    "intraventricular": _intraventricular,
+}
+"""Signed field of a bleed of the given area (mm2)."""
+
+
+def _scalp_bleeds(anatomy: Anatomy, areas: list[float], rng: Rng) -> list[np.ndarray]:
+    """The same blood where it does not count: lenses and crescents outside the skull, one signed field per area."""
+    centre, fields = _angle(rng), []
+    for area in areas:
+        shape = (_lens, _crescent)[rng.integers(2)]
+        field = shape(anatomy, anatomy.height, area, centre, rng)
+        fields.append(_grow(np.where(anatomy.height > 0, field, OUTSIDE), area, anatomy.pixel))
+        centre += rng.uniform(0.7, 1.3) * np.pi
+    return fields
+
+
+def _bruise(head: Patient, anatomy: Anatomy, bleeds: list[np.ndarray], rng: Rng) -> np.ndarray:
+    """Signed field of swollen scalp, whose area makes up for the blurred edges of all bleeds."""
+    edges = sum(np.count_nonzero(np.abs(bleed) < 1.5) for bleed in bleeds) * anatomy.pixel**2
+    scalp = (anatomy.height > 0) & (anatomy.height < head.scalp)
+    field = 10 * _noise(rng, len(scalp), 4)
+    return _grow(np.where(scalp, field, OUTSIDE), rng.uniform(*EDGE_AREA) - edges, anatomy.pixel)
+
+
+def _falx(anatomy: Anatomy, rng: Rng) -> np.ndarray:
+    """Signed field of a falx of any thickness, in front of and behind the ventricles."""
+    gap = rng.uniform(0.3, 0.5) * anatomy.axes[1]
+    line = -np.abs(anatomy.midline) - 0.5 * np.maximum(gap - np.abs(anatomy.y), 0)
+    area = rng.uniform(80, 420)
+    return _grow(np.where((anatomy.depth > 0) & (anatomy.ventricles < -2), line, OUTSIDE), area, anatomy.pixel)
+
+
+def _interior(head: Patient, anatomy: Anatomy, bleed: np.ndarray | None, oedema: np.ndarray, rng: Rng) -> np.ndarray:
+    """HU inside the skull, before noise."""
+    size, pixel = len(anatomy.x), anatomy.pixel
+    hu = head.white_hu + (head.grey_hu - head.white_hu) * _grey(head, anatomy) + 0.8 * _noise(rng, size, 12)
+    hu = _mix(hu, rng.uniform(16, 22), 0.9 * _soft(oedema, 4.0))
+    hu = _mix(hu, head.csf_hu, _soft(_csf(head, anatomy), pixel))
+    hu = _mix(hu, rng.uniform(48, 72), _soft(_falx(anatomy, rng), pixel))
+    hu = _mix(hu, rng.uniform(60, 120), _soft(_calcification(anatomy, rng), pixel))
+    if bleed is not None:
+        hu = _mix(hu, rng.uniform(*BLOOD_HU) + 2 * _noise(rng, size, 16), _soft(bleed, pixel))
+    return gaussian_filter(hu, head.scanner.blur / pixel, truncate=3.0)
+
+
+def _grey(head: Patient, anatomy: Anatomy) -> np.ndarray:
+    """Share of grey matter, 0 to 1: a ribbon along the surface and the sulci, and the deep nuclei."""
+    deeper = np.maximum(anatomy.depth - anatomy.sulcus_depth, 0)
+    cortex = 4.5 - np.minimum(anatomy.depth - head.atrophy, np.hypot(anatomy.beside, deeper))
+    u, v = _folded(anatomy)
+    lentiform = _capsule(u, v, anatomy.axes, (0.30, -0.22), (0.38, 0.02), 3, 6)
+    thalamus = _capsule(u, v, anatomy.axes, (0.12, 0.02), (0.20, 0.14), 6, 6)
+    return np.maximum(_soft(cortex, 2.0), _soft(np.maximum(lentiform, thalamus), 2.0))
+
+
+def _folded(anatomy: Anatomy) -> tuple[np.ndarray, np.ndarray]:
+    """Position in units of the half axes, both hemispheres folded into one."""
+    return np.abs(anatomy.midline) / anatomy.axes[0], anatomy.y / anatomy.axes[1]
+
+
+def _csf(head: Patient, anatomy: Anatomy) -> np.ndarray:
+    """Signed field of the ventricles, the sulci (narrowing inwards), the Sylvian fissures and the rim below the skull."""
+    sulci = head.atrophy * (1 - anatomy.depth / anatomy.sulcus_depth) - anatomy.beside
+    sulci = np.where(anatomy.depth < anatomy.sulcus_depth, sulci, OUTSIDE)
+    sylvian = _capsule(*_folded(anatomy), anatomy.axes, (0.58, -0.16), (1.0, -0.04), 0.8 * head.atrophy, 2 * head.atrophy, 0.05)
+    return np.max([anatomy.ventricles, sulci, sylvian, head.atrophy - anatomy.depth], axis=0)
+
+
+def _oedema(anatomy: Anatomy, bleed: np.ndarray | None, rng: Rng) -> np.ndarray:
+    """Signed field of dark tissue: the rim of the given bleed, else an old scar of the same area anywhere in the brain."""
+    area = max(rng.uniform(-300, 700), 0)
+    if bleed is not None:
+        return _grow(bleed, area + np.count_nonzero(bleed > 0) * anatomy.pixel**2, anatomy.pixel)
+    clear = np.minimum(np.minimum(anatomy.depth - 4, -anatomy.ventricles - 1), np.abs(anatomy.midline) - 2)
+    return _grow(_blob(anatomy, clear, np.sqrt(area / np.pi), rng), area, anatomy.pixel)
+
+
+def _calcification(anatomy: Anatomy, rng: Rng) -> np.ndarray:
+    """Signed field of a chalky pineal gland, choroid plexus or pallidum; often none."""
+    places = ((0.0, 0.17), (0.22, 0.32), (0.32, -0.08))
+    place = places[rng.integers(3)]
+    radius = max(rng.uniform(-4, 4), -1.0)
+    return radius - np.hypot(np.abs(anatomy.midline) - place[0] * anatomy.axes[0], anatomy.y - place[1] * anatomy.axes[1])
+
+
+def _with_skull(
+    head: Patient, anatomy: Anatomy, interior: np.ndarray, scalp_bleeds: list[np.ndarray], bruise: np.ndarray, rng: Rng
+) -> np.ndarray:
+    """The whole slice in HU: interior, skull, scalp, air, and the scanner's noise and shading; rounded."""
+    size, pixel = len(interior), anatomy.pixel
+    skin = np.max([head.scalp + 0.6 * _noise(rng, size, 8) - anatomy.height, *(bleed + 2.5 for bleed in scalp_bleeds)], axis=0)
+    tissue = _mix(head.scalp_hu + 5 * _noise(rng, size, 6), rng.uniform(42, 56), _soft(bruise, 4.0))
+    hu = _mix(np.full_like(interior, OUTSIDE), tissue, _soft(skin, pixel))
+    for bleed in scalp_bleeds:
+        hu = _mix(hu, rng.uniform(*BLOOD_HU) + 2 * _noise(rng, size, 16), _soft(bleed, pixel))
+    diploe = 450 * np.exp(-(((anatomy.depth + head.skull / 2) / (0.25 * head.skull)) ** 2))
+    hu = _mix(hu, head.bone_hu - diploe, _soft(-anatomy.height, pixel))
+    shading = 1.2 * _noise(rng, size, 3) + 2 * np.exp(-np.maximum(anatomy.depth, 0) / 9)
+    hu = _mix(hu, interior + shading, _soft(anatomy.depth, pixel))
+    noise = gaussian_filter(rng.standard_normal((size, size), np.float32), 0.5 * head.scanner.blur / pixel, truncate=3.0)
+    return np.clip(np.rint(hu + head.scanner.noise * rng.uniform(0.8, 1.3) / noise.std() * noise), -1000, 3000).astype(np.float32)
+
+
+def _grow(field: np.ndarray, area: float, pixel: float) -> np.ndarray:
+    """The signed field shifted so that it is positive on `area` mm2, or wherever it may grow if that is less."""
+    count = min(int(area / pixel**2), np.count_nonzero(field > OUTSIDE))
+    if count < 1:
+        return np.full(field.shape, OUTSIDE)
+    return (field - np.partition(field.ravel(), -count)[-count]).astype(np.float32)
+
+
+def _soft(field: np.ndarray, width: float) -> np.ndarray:
+    """A signed field (mm) as coverage 0 to 1, over an edge of `width` mm."""
+    return np.clip(field / np.float32(width) + np.float32(0.5), 0, 1)
+
+
+def _mix(below: np.ndarray, above: np.ndarray | float, share: np.ndarray) -> np.ndarray:
+    return (below + (above - below) * share).astype(np.float32)
+
+
+def _angle(rng: Rng) -> float:
+    return rng.uniform(-np.pi, np.pi)
+
+
+def _turn(angle: np.ndarray) -> np.ndarray:
+    """Into [-pi, pi)."""
+    return (angle + np.pi) % (2 * np.pi) - np.pi
+
+
+def _arc(anatomy: Anatomy, centre: float) -> np.ndarray:
+    return _turn(anatomy.angle - centre) * anatomy.inner
+
+
+def _noise(rng: Rng, size: int, cells: int) -> np.ndarray:
+    """Smooth random field `(size, size)` of mean 0 and variance 1, about `cells` hills across."""
+    basis = _bumps(size, cells)
+    return basis @ rng.standard_normal((basis.shape[1], basis.shape[1]), np.float32) @ basis.T
+
+
+@lru_cache(maxsize=64)
+def _bumps(size: int, cells: int) -> np.ndarray:
+    """`(size, cells + 4)`: Gaussian bumps along one axis, the squares of each row summing to 1."""
+    centres = np.arange(-2, cells + 2) + 0.5
+    rows = np.exp(-(((np.arange(size)[:, None] + 0.5) * cells / size - centres) ** 2)).astype(np.float32)
+    return rows / np.sqrt((rows**2).sum(1, keepdims=True))
+
+
+def write_phantom(folder: Path, patients: int = 500, slices: int = 6, size: int = 128, seed: int = 0) -> Path:
+    """Write `FOLDER/dicom/PATIENT/NN.dcm`, `FOLDER/masks/PATIENT/NN.png` (8-bit, 0 or 255) and `FOLDER/labels.csv`.
+
+    The table has the columns file, label, patient_id, mask, with paths relative to FOLDER. It is written last, so
+    a folder without it is unfinished. Every run of six slices holds each class once. Returns the table's path.
+    Raises InputError for counts out of range.
+    """
+    if patients < 1 or not 1 <= slices <= MAX_SLICES:
+        raise InputError(f"a phantom of {patients} patients with {slices} slices; at least 1, and 1 to {MAX_SLICES}, are expected")
+    table = folder / "labels.csv"
+    table.unlink(missing_ok=True)
+    labels = _labels(seed, patients * slices)
+    rows = [row for patient in range(patients) for row in _write_patient(folder, seed, patient, labels[patient * slices :][:slices], size)]
+    unfinished = folder / "labels.csv.unfinished"
+    with unfinished.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("file", "label", "patient_id", "mask"), *rows])
+    os.replace(unfinished, table)
+    return table
+
+
+def _labels(seed: int, count: int) -> list[str]:
+    rng = _rng(seed, 0, 0, 0, 0)
+    return [CLASSES[k] for _ in range(0, count, len(CLASSES)) for k in rng.permutation(len(CLASSES))][:count]
+
+
+def _write_patient(folder: Path, seed: int, patient: int, labels: list[str], size: int) -> list[tuple[str, str, str, str]]:
+    from PIL import Image
+
+    name, rows = f"PH{patient:05d}", []
+    for kind in ("dicom", "masks"):
+        (folder / kind / name).mkdir(parents=True, exist_ok=True)
+    header = _header(seed, patient, name, size)
+    for index, label in enumerate(labels):
+        file, mask_file = f"dicom/{name}/{index:02d}.dcm", f"masks/{name}/{index:02d}.png"
+        image, mask = slice_image(seed, patient, index, label, size)
+        _write_dicom(folder / file, header, image[0], _patient(seed, patient), index)
+        Image.fromarray(mask[0] * 255).save(folder / mask_file)
+        rows.append((file, label, name, mask_file))
+    return rows
+
+
+def _header(seed: int, patient: int, name: str, size: int) -> "Dataset":
+    """What the files of one patient share."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+    head = _patient(seed, patient)
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = CTImageStorage
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    header = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    header.SOPClassUID = CTImageStorage
+    header.PatientID, header.PatientName = name, "Phantom"
+    header.StudyInstanceUID, header.SeriesInstanceUID = _uid(seed, patient, "study"), _uid(seed, patient, "series")
+    header.FrameOfReferenceUID = _uid(seed, patient, "frame")
+    header.Modality, header.BodyPartExamined, header.SeriesNumber = "CT", "HEAD", 1
+    header.Manufacturer, header.ManufacturerModelName = "medsd phantom", head.scanner.model
+    header.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    header.PixelSpacing = [f"{head.field_of_view / size:.6f}"] * 2
+    header.SliceThickness = header.SpacingBetweenSlices = SLICE_STEP
+    header.WindowCenter, header.WindowWidth = 40, 80
+    header.RescaleSlope, header.RescaleIntercept, header.RescaleType = head.scanner.slope, head.scanner.intercept, "HU"
+    header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+    header.Rows = header.Columns = size
+    header.BitsAllocated, header.BitsStored, header.HighBit = 16, 16, 15
+    header.PixelRepresentation = int(head.scanner.signed)
+    return header
+
+
+def _write_dicom(path: Path, header: "Dataset", hu: np.ndarray, head: Patient, index: int) -> None:
+    """`hu` `(size, size)` in whole HU; the header's per-slice elements are overwritten."""
+    header.InstanceNumber = index + 1
+    header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = _uid(header.SeriesInstanceUID, index)
+    edge = -head.field_of_view / 2
+    header.ImagePositionPatient = [f"{edge:.4f}", f"{edge:.4f}", f"{head.first_level + SLICE_STEP * index:.4f}"]
+    stored = np.rint((hu - head.scanner.intercept) / head.scanner.slope)
+    header.PixelData = stored.astype("<i2" if head.scanner.signed else "<u2").tobytes()
+    header.save_as(path, enforce_file_format=True)
+
+
+def _uid(*key: int | str) -> str:
+    """The same key, the same UID: a UUID-derived one (2.25)."""
+    digest = hashlib.sha256("/".join(map(str, ("medsd-phantom", *key))).encode()).digest()
+    return f"2.25.{int.from_bytes(digest[:16], 'big')}"

@@ -1,0 +1,204 @@
+"""A collection on disk -> rows: which file, which label, which patient, which split.
+
+Sources read names and tables only; pixels and headers are `files`' business.
+"""
+
+import csv
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medsd.data.files import DICOM_SUFFIXES, RASTER_SUFFIXES
+from medsd.errors import InputError
+
+IMAGE_COLUMNS = ("file", "path", "image", "image_id", "filename", "dicom_name")
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image to prepare. `array` and `index` point into an npz; `name` is how messages call it."""
+
+    name: str
+    file: Path
+    label: str
+    patient: str | None = None
+    split: str | None = None
+    mask: Path | None = None
+    array: str | None = None
+    index: int | None = None
+
+
+def image_folder(folder: Path, suffixes: Iterable[str] = RASTER_SUFFIXES) -> list[Row]:
+    """`FOLDER/CLASS/...` or `FOLDER/train|val|test/CLASS/...`: a row per file, labelled by its folder."""
+    parts = _subfolders(folder)
+    if parts and all(part.name.lower() in SPLIT_NAMES for part in parts):
+        return [row for part in parts for row in _classes(folder, part, suffixes, SPLIT_NAMES[part.name.lower()])]
+    return _classes(folder, folder, suffixes, None)
+
+
+def table(
+    folder: Path,
+    labels: Path,
+    label_column: str,
+    image_column: str | None = None,
+    patient_column: str | None = None,
+    split_column: str | None = None,
+    mask_column: str | None = None,
+    suffixes: Iterable[str] = RASTER_SUFFIXES,
+) -> list[Row]:
+    """A row per line of the CSV `labels`, its file looked up below `folder` by path, name or stem."""
+    lines = _read_csv(folder, labels)
+    image_column = image_column or next((name for name in IMAGE_COLUMNS if name in lines[0]), None)
+    if image_column is None:
+        raise InputError(f"{labels.name} has none of the columns {', '.join(IMAGE_COLUMNS)}: name one with --image_column")
+    for flag, column in {"image": image_column, "label": label_column, "patient": patient_column, "split": split_column}.items():
+        if column is not None and column not in lines[0]:
+            raise InputError(f'{labels.name} has no column "{column}" (--{flag}_column); it has {", ".join(lines[0])}')
+    files = _FileIndex(folder, suffixes)
+    rows = []
+    for number, line in enumerate(lines, start=2):
+        label = line[label_column].strip()
+        if not label:
+            raise InputError(f'{labels.name}, line {number}: "{label_column}" is empty; give the image a label or drop the line')
+        file = files.find(line[image_column].strip(), f"{labels.name}, line {number}")
+        rows.append(
+            Row(
+                name=_relative(file, folder),
+                file=file,
+                label=label,
+                patient=line[patient_column].strip() or None if patient_column else None,
+                split=_split_name(line[split_column], f"{labels.name}, line {number}") if split_column else None,
+                mask=folder / line[mask_column] if mask_column else None,
+            )
+        )
+    return rows
+
+
+def dicom_tree(folder: Path) -> list[Row]:
+    """DICOM files in one folder per class."""
+    return image_folder(folder, DICOM_SUFFIXES)
+
+
+def medmnist(path: Path, class_names: Sequence[str] | None = None) -> list[Row]:
+    """A MedMNIST npz: `train_images`, `train_labels`, and the same for `val` and `test`; its splits are kept."""
+    file = _only_npz(path)
+    with np.load(file, allow_pickle=False) as archive:
+        splits = [name.removesuffix("_images") for name in archive.files if name.endswith("_images")]
+        if not splits:
+            raise InputError(f"{file.name}: no array ends in _images; a MedMNIST npz has train_images, train_labels, ...")
+        labels = {split: archive[f"{split}_labels"] for split in splits if f"{split}_labels" in archive.files}
+    rows = []
+    for split in splits:
+        if split not in labels:
+            raise InputError(f"{file.name}: {split}_images has no {split}_labels beside it")
+        if labels[split].size != len(labels[split]):
+            raise InputError(f"{file.name}: several labels an image in {split}_labels; one is expected")
+        for index, value in enumerate(labels[split].ravel()):
+            rows.append(
+                Row(
+                    name=f"{file.name}:{split}_images[{index}]",
+                    file=file,
+                    label=_class_name(int(value), class_names),
+                    split=_split_name(split, file.name),
+                    array=f"{split}_images",
+                    index=index,
+                )
+            )
+    return rows
+
+
+def _class_name(value: int, class_names: Sequence[str] | None) -> str:
+    if class_names is None:
+        return str(value)
+    if not 0 <= value < len(class_names):
+        raise InputError(f"label {value} has no name in --class_names {' '.join(class_names)}")
+    return class_names[value]
+
+
+def _only_npz(path: Path) -> Path:
+    if path.is_file():
+        return path
+    found = sorted(path.glob("*.npz"))
+    if len(found) != 1:
+        raise InputError(f"--data_dir {path}: {len(found)} npz files; name one file")
+    return found[0]
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise InputError(f"--data_dir {folder}: no such folder")
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _images(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+    allowed = frozenset(suffixes)
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix.lower() in allowed and not file.name.startswith("."))
+
+
+def _classes(root: Path, folder: Path, suffixes: Iterable[str], split: str | None) -> list[Row]:
+    classes = _subfolders(folder)
+    if not classes:
+        raise InputError(f"{folder}: no folders in it; one folder per class is expected")
+    rows = []
+    for child in classes:
+        files = _images(child, suffixes)
+        if not files:
+            raise InputError(f"class {child.name}: no image in {_relative(child, root)}; fill the folder or remove it")
+        rows += [Row(name=_relative(file, root), file=file, label=child.name, split=split) for file in files]
+    return rows
+
+
+def _read_csv(folder: Path, labels: Path) -> list[dict[str, str]]:
+    file = folder / labels if (folder / labels).is_file() else labels
+    if not file.is_file():
+        raise InputError(f"--labels {labels}: no such file, neither here nor in {folder}")
+    with file.open(newline="", encoding="utf-8-sig") as stream:
+        lines = [{key: value or "" for key, value in line.items() if key is not None} for line in csv.DictReader(stream)]
+    if not lines:
+        raise InputError(f"--labels {labels}: no line in it")
+    return lines
+
+
+def _split_name(value: str, where: str) -> str:
+    name = SPLIT_NAMES.get(value.strip().lower())
+    if name is None:
+        raise InputError(f'{where}: split "{value}" is none of {", ".join(SPLIT_NAMES)}')
+    return name
+
+
+def _relative(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name
+
+
+class _FileIndex:
+    """Files below a folder by relative path, by name and by stem; a name that several files share is refused."""
+
+    def __init__(self, folder: Path, suffixes: Iterable[str]) -> None:
+        if not folder.is_dir():
+            raise InputError(f"--data_dir {folder}: no such folder")
+        self.folder = folder
+        files = _images(folder, suffixes)
+        self.paths = {_relative(file, folder): file for file in files}
+        self.counts = Counter(name for file in files for name in {file.name, file.stem})
+        self.names = {name: file for file in files for name in (file.name, file.stem)}
+
+    def find(self, name: str, where: str) -> Path:
+        if name in self.paths:
+            return self.paths[name]
+        if self.counts[name] > 1:
+            raise InputError(f'{where}: {self.counts[name]} files are called "{name}"; give their paths relative to --data_dir')
+        if name not in self.names:
+            raise InputError(f'{where}: image "{name}" is not below {self.folder}; drop the line or add the file')
+        return self.names[name]

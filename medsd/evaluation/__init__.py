@@ -1,0 +1,1 @@
+"""Numbers out: functions that take arrays of predictions, images or features and return statistics."""

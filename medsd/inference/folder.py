@@ -1,0 +1,170 @@
+"""The pipeline folder: what recipes hand to each other and to the Hub.
+
+A diffusers folder plus `medsd.json`. SD-shaped models carry `_class_name: StableDiffusionPipeline` and load in plain
+diffusers. A LoRA run holds its adapters, its class tokens' embeddings and the name of its base instead of the weights.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from medsd.data.dataset import INFO_FILE, DataInfo
+from medsd.errors import InputError
+from medsd.inference.likelihood import Calibration
+
+INDEX_FILE = "model_index.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+EMBEDS_DIR = "learned_embeds"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that LoRA adapters belong to."""
+
+    name: str
+    """Hub id, or path relative to the run."""
+    revision: str | None
+    sha256: str | None
+    """Of a local base's UNet weights."""
+
+
+@dataclass(frozen=True)
+class PipelineInfo:
+    """`medsd.json` of a pipeline folder."""
+
+    data: DataInfo | None = None
+    """None for a foreign folder, which knows no classes."""
+    codec: dict[str, Any] | None = None
+    calibration: Calibration | None = None
+    base: Base | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+
+def read_info(folder: Path) -> PipelineInfo:
+    """`medsd.json` of a local folder; an empty record where there is none."""
+    path = folder / INFO_FILE
+    if not path.is_file():
+        return PipelineInfo()
+    record = json.loads(path.read_text())
+    if "codec" not in record:
+        raise InputError(f"{folder} is a data folder, not a pipeline folder: name the folder that finetune_unet.py wrote")
+    calibration = record["calibration"]
+    return PipelineInfo(
+        data=DataInfo(**record["data"]) if record["data"] else None,
+        codec=record["codec"],
+        calibration=Calibration(calibration["temperature"], tuple(calibration["bias"])) if calibration else None,
+        base=Base(**record["base"]) if record["base"] else None,
+    )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError where `folder` is no pipeline folder or misses a part that its index names."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; train one with recipes/finetune_unet.py or name another pipeline")
+    if not (folder / INDEX_FILE).is_file():
+        raise InputError(f"{folder} has no {INDEX_FILE}, so it is not a finished pipeline folder{_training_state(folder)}")
+    index = json.loads((folder / INDEX_FILE).read_text())
+    needed = [name for name, value in index.items() if isinstance(value, list) and value[0] and name in {"vae", "unet", "text_encoder", "tokenizer", "scheduler"}]
+    for part in needed:
+        if not (folder / part).is_dir() or not any((folder / part).iterdir()):
+            raise InputError(f"{folder}: the part {part}/ is missing although {INDEX_FILE} names it: copy the folder again")
+
+
+def _training_state(folder: Path) -> str:
+    status = folder / "status.json"
+    if not status.is_file():
+        return ""
+    record = json.loads(status.read_text())
+    return f" (training is {record['state']} at step {record['step']}; go on with --resume_from_checkpoint latest)"
+
+
+def write_info(folder: Path, info: PipelineInfo) -> None:
+    """Write `medsd.json`."""
+    (folder / INFO_FILE).write_text(json.dumps(info.to_dict(), indent=2) + "\n")
+
+
+def write_embeddings(folder: Path, embeddings: dict[str, torch.Tensor]) -> None:
+    """`learned_embeds/TOKEN.safetensors`, one token a file, as `load_textual_inversion` wants; embeddings `(dim,)`."""
+    (folder / EMBEDS_DIR).mkdir()
+    for token, embedding in embeddings.items():
+        save_file({token: embedding.detach().contiguous().cpu()}, folder / EMBEDS_DIR / f"{token.strip('<>')}.safetensors")
+
+
+def read_embeddings(folder: Path) -> dict[str, torch.Tensor]:
+    """What `write_embeddings` wrote."""
+    files = sorted((folder / EMBEDS_DIR).glob("*.safetensors"))
+    return {token: embedding for file in files for token, embedding in load_file(file).items()}
+
+
+def download_record(hub_id: str, revision: str | None) -> Path:
+    """Local folder with the `medsd.json` (and LoRA files) of a Hub repository; an empty one where it has none."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[INFO_FILE, LORA_FILE, f"{EMBEDS_DIR}/*.safetensors"]))
+
+
+def push(save: Callable[[str], None], repo_id: str, private: bool, revision: str | None, **options: Any) -> str:
+    """Call `save(folder)` on a temporary folder and upload that; returns the repository's address."""
+    from huggingface_hub import create_repo, upload_folder
+
+    with tempfile.TemporaryDirectory() as parent:
+        made = Path(parent) / repo_id.split("/")[-1]
+        save(str(made))
+        repository = create_repo(repo_id, private=private, exist_ok=True).repo_id
+        upload_folder(repo_id=repository, folder_path=made, revision=revision, **options)
+    return f"https://huggingface.co/{repository}"
+
+
+def publish(made: Path, folder: Path) -> None:
+    """Move everything in `made` to `folder`, parts first, the index and `medsd.json` last, and remove `made`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(made.iterdir(), key=lambda path: (path.is_file(), path.name == INDEX_FILE)):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    made.rmdir()
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 over the UNet's weight files of a local pipeline folder."""
+    files = sorted((folder / "unet").glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder}/unet holds no safetensors weights: convert them with diffusers' save_pretrained first")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def describe_base(base: str, revision: str | None, run: Path) -> Base:
+    """Record of the model that a LoRA run in `run` starts from."""
+    if Path(base).is_dir():
+        return Base(os.path.relpath(base, run), None, weights_sha256(Path(base)))
+    return Base(base, revision, None)
+
+
+def locate_base(base: Base, run: Path) -> str:
+    """Path or Hub id of a LoRA run's base; raises InputError where it has changed since."""
+    if base.sha256 is None:
+        return base.name
+    folder = Path(os.path.normpath(run / base.name))
+    if not folder.is_dir():
+        raise InputError(f"{run} holds LoRA adapters of {folder}, which is not there: bring it back to that place")
+    if weights_sha256(folder) != base.sha256:
+        raise InputError(f"{run} holds LoRA adapters of {folder}, whose weights have changed since: restore them or train again")
+    return str(folder)

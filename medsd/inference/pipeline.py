@@ -1,0 +1,347 @@
+"""`MedSDPipeline`: one diffusion model that generates images by class and scores class likelihoods.
+
+Images are `(C, H, W)` in the source's own unit at the door and `[-1, 1]` inside; the codec decides what the UNet sees.
+"""
+
+import inspect
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from medsd.data.dataset import DataInfo
+from medsd.data.intensity import Range
+from medsd.data.prompts import class_words
+from medsd.data.transforms import fit_square, to_unit
+from medsd.errors import InputError
+from medsd.inference import folder as folders
+from medsd.inference.folder import PipelineInfo
+from medsd.inference.likelihood import Calibration, fit_calibration, make_plan, posterior, score_classes
+from medsd.models.codec import Codec, KLCodec, build_codec
+from medsd.models.conditioning import add_class_tokens, encode, set_embeddings, tokenize
+from medsd.models.lora import lora_layers
+from medsd.models.unet import check_side
+
+ENCODE_BATCH = 32
+FOREIGN_DATA = {"intensity": Range(0.0, 255.0).to_dict(), "resize": "pad", "image_channels": 3, "unit": "grey value", "fingerprint": ""}
+
+
+@dataclass(frozen=True)
+class ClassifyOutput:
+    """Of N images and K classes."""
+
+    predictions: list[str]
+    """Class names (prompts, where the folder has no classes)."""
+    probabilities: np.ndarray
+    """`(N, K)`, rows sum to 1."""
+    calibrated: bool
+    """Whether a temperature and class bias stand behind the probabilities; without, they are far too sure."""
+    log_likelihoods: np.ndarray
+    """`(N, K)` nats, up to a constant per image."""
+    standard_errors: np.ndarray
+    """`(N, K)` nats, of the difference to the leading class."""
+    pairs: np.ndarray
+    """`(N, K)` (timestep, noise) pairs spent."""
+    rows: np.ndarray
+    """`(N,)` UNet rows spent."""
+
+
+class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
+    """Text encoder, UNet, scheduler and codec, with what `medsd.json` records of classes and intensities.
+
+    Args:
+        vae: an `AutoencoderKL`, or None for a pixels codec.
+        text_encoder, tokenizer: CLIP; prompts -> condition.
+        unet: a `UNet2DConditionModel`.
+        scheduler: any diffusers scheduler.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components = ["vae"]
+
+    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        self.info = PipelineInfo(codec=None if vae is None else KLCodec(vae, vae.config.in_channels).to_dict())
+
+    @property
+    def codec(self) -> Codec:
+        """Images in `[-1, 1]` <-> latents."""
+        if self.info.codec is None:
+            raise InputError("this pipeline has neither a VAE nor a recorded codec")
+        return build_codec(self.info.codec, self.vae)
+
+    @property
+    def data(self) -> DataInfo:
+        """Classes, prompts, intensity map and geometry; for a foreign folder 8-bit colour without classes."""
+        if self.info.data is not None:
+            return self.info.data
+        side = self.unet.config.sample_size * self.codec.factor
+        return DataInfo(class_names=[], prompts=[], class_tokens=[], resolution=side, **FOREIGN_DATA)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Classes in the order of every `(N, K)` array."""
+        return self.data.class_names
+
+    @property
+    def noise_schedule(self) -> DDPMScheduler:
+        """The forward process that the model was trained on, whatever scheduler generates."""
+        return DDPMScheduler.from_config(self.scheduler.config)
+
+    def adopt(self, data: DataInfo) -> None:
+        """Take over a data set: its classes as tokens and prompts, its intensity map and its resolution.
+
+        Raises InputError where channels, resolution or prompts do not fit the model.
+        """
+        codec = build_codec(self.info.codec | {"image_channels": data.channels}, self.vae)
+        if codec.latent_channels != self.unet.config.in_channels:
+            raise InputError(
+                f"images of {data.channels} channels make latents of {codec.latent_channels}, this UNet takes "
+                f"{self.unet.config.in_channels}: start from a --preset, or prepare the channels that the model was trained on"
+            )
+        if data.resolution % codec.factor:
+            raise InputError(f"images of {data.resolution} px do not divide by the codec's factor {codec.factor}: prepare another --resolution")
+        check_side(data.resolution // codec.factor, len(self.unet.config.block_out_channels))
+        add_class_tokens(self.tokenizer, self.text_encoder, {token: class_words(token) for token in data.class_tokens})
+        tokenize(self.tokenizer, data.prompts)
+        self.unet.register_to_config(sample_size=data.resolution // codec.factor)
+        self.info = replace(self.info, data=data, codec=codec.to_dict(), calibration=None)
+
+    # Generation
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_name: str | None = None,
+        prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """Generate images of a class, or of prompts.
+
+        Args:
+            guidance_scale: classifier-free guidance (Ho & Salimans, 2022); 1 is none.
+            latents: start noise `(B, c, h, w)` instead of a draw from `generator`.
+            output_type: `pil` 8-bit view; `np` `(B, H, W, C)` in [0, 1]; `pt` `(B, C, H, W)` in [0, 1]; `latent`;
+                `source` `(B, C, H, W)` in the source's unit (HU for CT).
+
+        Raises InputError for an unknown class, or neither or both of class and prompt.
+        """
+        prompts = self._prompts(class_name, prompt)
+        condition = self.encode_prompts(prompts).repeat_interleave(num_images_per_prompt, 0)
+        shape = (len(condition), self.unet.config.in_channels, *(self.unet.config.sample_size,) * 2)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=condition.dtype)
+        latents = self._denoise(latents, condition, num_inference_steps, guidance_scale, generator)
+        return ImagePipelineOutput(images=self._finish(latents, output_type))
+
+    def _prompts(self, class_name: str | None, prompt: str | Sequence[str] | None) -> list[str]:
+        if class_name is not None and prompt is not None:
+            raise InputError("class_name and prompt exclude each other: give one")
+        if class_name is not None:
+            if class_name not in self.class_names:
+                raise InputError(f'unknown class "{class_name}"; this pipeline knows {", ".join(self.class_names) or "none"}')
+            return [self.data.prompts[self.class_names.index(class_name)]]
+        if prompt is None and self.class_names:
+            raise InputError(f"say what to generate: class_name (one of {', '.join(self.class_names)}) or prompt")
+        return [prompt or ""] if prompt is None or isinstance(prompt, str) else list(prompt)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Condition `(B, tokens, dim)`; the empty prompt is the unconditional one."""
+        prompts = [self.maybe_convert_prompt(prompt, self.tokenizer) for prompt in prompts]
+        return encode(self.text_encoder, tokenize(self.tokenizer, prompts).to(self._execution_device))
+
+    def _denoise(self, latents: torch.Tensor, condition: torch.Tensor, steps: int, guidance_scale: float, generator: Any) -> torch.Tensor:
+        guided = guidance_scale != 1
+        if guided:
+            empty = self.encode_prompts([""]).expand_as(condition)
+            condition = torch.cat([empty, condition])
+        self.scheduler.set_timesteps(steps, device=latents.device)
+        extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        latents = latents * self.scheduler.init_noise_sigma
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            doubled = torch.cat([latents, latents]) if guided else latents
+            prediction = self.unet(self.scheduler.scale_model_input(doubled, timestep), timestep, condition).sample
+            if guided:
+                unconditional, conditional = prediction.chunk(2)
+                prediction = unconditional + guidance_scale * (conditional - unconditional)
+            latents = self.scheduler.step(prediction, timestep, latents, **extra).prev_sample
+        return latents
+
+    def _finish(self, latents: torch.Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        unit = torch.cat([self.codec.decode(part) for part in latents.split(ENCODE_BATCH)]).float().clamp(-1, 1).cpu()
+        views = {
+            "source": lambda: self.data.intensity_map.from_unit(unit).numpy(),
+            "pt": lambda: unit / 2 + 0.5,
+            "np": lambda: (unit / 2 + 0.5).movedim(1, -1).numpy(),
+            "pil": lambda: [picture(image) for image in unit],
+        }
+        if output_type not in views:
+            raise InputError(f'output_type "{output_type}" is none of latent, {", ".join(views)}')
+        return views[output_type]()
+
+    # Classification
+
+    @torch.no_grad()
+    def classify(
+        self,
+        images: Sequence[np.ndarray | Image.Image],
+        prompts: Sequence[str] | None = None,
+        mode: str = "posterior",
+        weighting: str = "uniform",
+        max_pairs: int = 64,
+        delta: float = 0.05,
+        prior: np.ndarray | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+        progress: Callable[[int], None] = lambda rows: None,
+    ) -> ClassifyOutput:
+        """Class probabilities of images by the Diffusion Classifier (Li et al., ICCV 2023).
+
+        Args:
+            images: arrays `(C, H, W)` in the source's unit (see `medsd.read_image`), or PIL images.
+            prompts: one per class, instead of the pipeline's own classes.
+            mode, weighting, max_pairs, delta, batch_size, seed, progress: see `medsd.inference.likelihood`.
+            prior: class prior `(K,)`; default uniform.
+
+        Raises InputError for fewer than two classes or images that do not fit.
+        """
+        names, prompts = (self.class_names, self.data.prompts) if prompts is None else (list(prompts), list(prompts))
+        if len(prompts) < 2:
+            raise InputError(f"{len(prompts)} classes: classification needs two or more; give prompts=[...]")
+        calibration = self.info.calibration if names == self.class_names and weighting == "uniform" else None
+        latents = self.encode_images(images)
+        plan = make_plan(self.noise_schedule, max_pairs, tuple(latents.shape[1:]), weighting, seed)
+        scores = score_classes(
+            self.unet, self.noise_schedule, latents, self.encode_prompts(prompts), plan, mode, delta, calibration, batch_size, progress
+        )
+        probabilities = posterior(scores.log_likelihoods, calibration, prior)
+        predictions = [names[index] for index in probabilities.argmax(1)]
+        return ClassifyOutput(predictions, probabilities, calibration is not None, **vars(scores), rows=scores.rows)
+
+    def calibrate(self, images: Sequence[np.ndarray | Image.Image], labels: Sequence[str | int], **options: Any) -> Calibration:
+        """Fit temperature and class bias on labelled held-out images; kept in `medsd.json` and used by `classify`.
+
+        Args:
+            labels: class names or indices.
+            options: of `classify`, but for mode (all pairs are scored) and prior.
+        """
+        indices = np.array([self.class_names.index(label) if isinstance(label, str) else int(label) for label in labels])
+        output = self.classify(images, mode="full", **options)
+        calibration = fit_calibration(output.log_likelihoods, indices)
+        self.info = replace(self.info, calibration=calibration)
+        return calibration
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[np.ndarray | Image.Image]) -> torch.Tensor:
+        """Latents `(N, c, h, w)` of images in the source's unit, brought to the model's resolution."""
+        if not len(images):
+            raise InputError("no image to encode")
+        fitted = [self._fit(image) for image in images]
+        latents = []
+        for start in range(0, len(fitted), ENCODE_BATCH):
+            batch = torch.from_numpy(np.stack(fitted[start : start + ENCODE_BATCH]).astype(np.float32))
+            latents.append(self.codec.encode(to_unit(batch.to(self._execution_device), self.data.intensity_map)))
+        return torch.cat(latents)
+
+    def _fit(self, image: np.ndarray | Image.Image) -> np.ndarray:
+        pixels = np.moveaxis(np.atleast_3d(np.asarray(image)), -1, 0) if isinstance(image, Image.Image) else np.asarray(image)
+        expected = self.data.image_channels
+        if pixels.ndim != 3:
+            raise InputError(f"an image of shape {pixels.shape}; (channels, height, width) is expected, as medsd.read_image gives")
+        if len(pixels) == 1 and expected == 3:
+            pixels = pixels.repeat(3, 0)
+        if len(pixels) != expected:
+            raise InputError(f"an image of {len(pixels)} channels; this pipeline was trained on images of {expected}")
+        return fit_square(pixels, self.data.resolution, self.data.resize)[0]
+
+    # Folders
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "MedSDPipeline":
+        """A pipeline folder of medsd (LoRA included), a Hub id, or any Stable Diffusion 1.x / 2.x folder; safetensors only.
+
+        Raises InputError where the folder or one of its parts is missing.
+        """
+        name = str(pretrained_model_name_or_path)
+        path = Path(name)
+        if not path.exists() and name.count("/") == 1 and not name.startswith((".", "runs/")):
+            path = folders.download_record(name, options.get("revision"))
+        info = folders.read_info(path)
+        if info.base is not None:
+            return cls._from_lora(path, info, options)
+        if path.is_dir() and Path(name) == path:
+            folders.check_folder(path)
+        pipe = super().from_pretrained(name, use_safetensors=True, **options)
+        if info.codec is not None:
+            pipe.info = info
+        return pipe
+
+    @classmethod
+    def _from_lora(cls, run: Path, info: PipelineInfo, options: dict[str, Any]) -> "MedSDPipeline":
+        options = {key: value for key, value in options.items() if key != "revision"}
+        pipe = cls.from_pretrained(folders.locate_base(info.base, run), revision=info.base.revision, **options)
+        embeddings = folders.read_embeddings(run)
+        add_class_tokens(pipe.tokenizer, pipe.text_encoder, {token: class_words(token) for token in embeddings})
+        set_embeddings(pipe.tokenizer, pipe.text_encoder, embeddings)
+        pipe.load_lora_weights(run, weight_name=folders.LORA_FILE)
+        pipe.unet.register_to_config(sample_size=info.data.resolution // build_codec(info.codec, pipe.vae).factor)
+        pipe.info = info
+        return pipe
+
+    @property
+    def is_sd_shaped(self) -> bool:
+        """Whether plain diffusers' StableDiffusionPipeline loads what `save_pretrained` writes."""
+        return self.vae is not None and self.vae.config.in_channels in {1, 3}
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write the pipeline folder; it has an index only once all its parts are there."""
+        target = Path(save_directory)
+        made = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir(parents=True)
+        if self.info.base is not None:
+            self._save_lora(made)
+        elif self.is_sd_shaped:
+            parts = {name: getattr(self, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+            plain = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+            plain.save_pretrained(made, **options)
+        else:
+            super().save_pretrained(made, **options)
+        folders.write_info(made, self.info)
+        folders.publish(made, target)
+
+    def _save_lora(self, made: Path) -> None:
+        weights, metadata = lora_layers(self.unet)
+        self.save_lora_weights(made, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
+        table = self.text_encoder.get_input_embeddings().weight
+        ids = self.tokenizer.convert_tokens_to_ids(self.data.class_tokens)
+        folders.write_embeddings(made, {token: table[index] for token, index in zip(self.data.class_tokens, ids, strict=True)})
+
+    def push_to_hub(self, repo_id: str, private: bool = True, revision: str | None = None, **options: Any) -> str:
+        """Save to a temporary folder and upload it; returns the repository's address."""
+        return folders.push(self.save_pretrained, repo_id, private, revision, **options)
+
+
+def picture(unit: torch.Tensor) -> Image.Image:
+    """8-bit view of one image `(C, H, W)` in `[-1, 1]`: grey, colour, or other channels side by side."""
+    grey = ((unit + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+    if len(grey) == 3:
+        return Image.fromarray(np.moveaxis(grey, 0, -1))
+    return Image.fromarray(np.concatenate(list(grey), axis=1))

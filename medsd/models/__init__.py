@@ -1,0 +1,1 @@
+"""What learns or encodes: codecs, UNets, text conditioning, adapters."""

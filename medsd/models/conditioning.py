@@ -1,0 +1,90 @@
+"""Prompts -> condition `(B, tokens, dim)`; class tokens added to a tokenizer and a text encoder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from medsd.errors import InputError
+from medsd.models.presets import Preset
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def build_tokenizer(texts: Sequence[str], max_tokens: int) -> CLIPTokenizer:
+    """A small real CLIPTokenizer: every byte, and every word of `texts` as one token."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    vocabulary = dict.fromkeys(letters + [letter + "</w>" for letter in letters])
+    merges: dict[tuple[str, str], None] = {}
+    for word in sorted({word for text in texts for word in text.lower().split()}):
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        for length in range(2, len(pieces) + 1):
+            merges[("".join(pieces[: length - 1]), pieces[length - 1])] = None
+            vocabulary["".join(pieces[:length])] = None
+    tokens = [*vocabulary, START, END]
+    return CLIPTokenizer({token: index for index, token in enumerate(tokens)}, list(merges), model_max_length=max_tokens)
+
+
+def build_text_encoder(preset: Preset, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A CLIPTextModel of the preset's size with random weights."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=preset.text_width,
+        intermediate_size=4 * preset.text_width,
+        num_hidden_layers=preset.text_layers,
+        num_attention_heads=preset.text_heads,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_factor=1.0,
+    )
+    return CLIPTextModel(config)
+
+
+def add_class_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, words: dict[str, str]) -> None:
+    """Add each token of `words` (token -> its plain words) that is not there yet; its embedding starts as its words' mean."""
+    new = [token for token in words if token not in tokenizer.get_vocab()]
+    if not new:
+        return
+    table = text_encoder.get_input_embeddings().weight
+    starts = [table[tokenizer(words[token], add_special_tokens=False).input_ids].mean(0).detach() for token in new]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new])
+    text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    set_embeddings(tokenizer, text_encoder, dict(zip(new, starts, strict=True)))
+
+
+def set_embeddings(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, embeddings: dict[str, torch.Tensor]) -> None:
+    """Write the embedding `(dim,)` of each token."""
+    with torch.no_grad():
+        for token, embedding in embeddings.items():
+            text_encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(token)] = embedding
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> torch.Tensor:
+    """Token ids `(B, max_tokens)`, padded; raises InputError where a prompt is longer than the text encoder reads."""
+    ids = tokenizer(list(prompts), padding="max_length", truncation=False).input_ids
+    for prompt, row in zip(prompts, ids, strict=True):
+        if len(row) > tokenizer.model_max_length:
+            raise InputError(
+                f'the prompt "{prompt}" is {len(row)} tokens long, the text encoder reads {tokenizer.model_max_length}: shorten --prompt_template'
+            )
+    return torch.tensor(ids)
+
+
+def encode(text_encoder: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Token ids `(B, tokens)` -> condition `(B, tokens, dim)`."""
+    return text_encoder(ids)[0]
+
+
+def train_only_tokens(text_encoder: CLIPTextModel, token_ids: Sequence[int]) -> torch.nn.Parameter:
+    """Freeze the text encoder but for these rows of its embedding; returns the embedding, whose other rows get no gradient."""
+    text_encoder.requires_grad_(False)
+    weight = text_encoder.get_input_embeddings().weight.requires_grad_(True)
+    learns = torch.zeros(len(weight), 1)
+    learns[list(token_ids)] = 1
+    weight.register_hook(lambda gradient: gradient * learns.to(gradient))
+    return weight

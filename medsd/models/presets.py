@@ -1,0 +1,27 @@
+"""Sizes of models that start from random weights."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Shape of a UNet and of its text encoder."""
+
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    attention: tuple[bool, ...]
+    """Whether each level, from fine to coarse, attends to the prompt."""
+    attention_head_dim: int
+    """As in diffusers' config of Stable Diffusion 1.x, where it is the number of heads."""
+    text_width: int
+    text_layers: int
+    text_heads: int
+    text_tokens: int
+    """Longest prompt in tokens."""
+
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset((64, 128), 1, (False, True), 4, text_width=64, text_layers=1, text_heads=2, text_tokens=24),
+    "small": Preset((64, 128, 256), 2, (False, True, True), 8, text_width=256, text_layers=2, text_heads=4, text_tokens=32),
+    "sd15": Preset((320, 640, 1280, 1280), 2, (True, True, True, False), 8, text_width=768, text_layers=12, text_heads=12, text_tokens=77),
+}

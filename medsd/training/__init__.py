@@ -1,0 +1,1 @@
+"""Around every training loop: checkpoints, status, previews."""

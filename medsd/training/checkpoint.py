@@ -1,0 +1,127 @@
+"""Checkpoints `checkpoint-N/`: everything a run needs to go on after update N, in safetensors and JSON (no pickle).
+
+A checkpoint is written under another name and renamed when it is complete, so a folder called `checkpoint-N` is whole.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+
+from medsd.errors import InputError
+
+
+class TrainState:
+    """Trained parameters by name, their moving average, the optimizer and the learning-rate schedule.
+
+    Args:
+        modules: name -> module; its parameters that require a gradient are the trained ones.
+    """
+
+    def __init__(self, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, schedule: Any, ema_decay: float | None) -> None:
+        self.parameters = trained_parameters(modules)
+        self.optimizer, self.schedule = optimizer, schedule
+        self.ema = EMAModel(self.parameters.values(), decay=ema_decay) if ema_decay is not None else None
+
+    def update_average(self) -> None:
+        """After an optimizer update."""
+        if self.ema is not None:
+            self.ema.step(self.parameters.values())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the modules hold the averaged weights."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters.values())
+        self.ema.copy_to(self.parameters.values())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters.values())
+
+    def save(self, run: Path, step: int, limit: int | None) -> None:
+        """Write `run/checkpoint-STEP`, then remove the oldest beyond `limit`."""
+        partial, final = run / f".checkpoint-{step}.partial", run / f"checkpoint-{step}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file({name: value.detach().contiguous() for name, value in self.parameters.items()}, partial / "weights.safetensors")
+        tensors, record = _flatten(self.optimizer.state_dict())
+        save_file(tensors, partial / "optimizer.safetensors")
+        state = {"step": step, "optimizer": record, "schedule": self.schedule.last_epoch}
+        if self.ema is not None:
+            averages = dict(zip(self.parameters, self.ema.shadow_params, strict=True))
+            save_file({name: value.contiguous() for name, value in averages.items()}, partial / "ema.safetensors")
+            state["ema_step"] = self.ema.optimization_step
+        (partial / "state.json").write_text(json.dumps(state))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for old in checkpoints(run)[: -limit if limit else 0]:
+            shutil.rmtree(old)
+
+    def load(self, checkpoint: Path) -> int:
+        """Restore everything; returns the number of updates done. Raises InputError where it does not fit this run."""
+        weights = load_file(checkpoint / "weights.safetensors")
+        if weights.keys() != self.parameters.keys() or any(weights[name].shape != value.shape for name, value in self.parameters.items()):
+            raise InputError(f"{checkpoint} is of another model: resume with the flags it was trained with, or --overwrite")
+        state = json.loads((checkpoint / "state.json").read_text())
+        if self.ema is not None and "ema_step" not in state:
+            raise InputError(f"{checkpoint} has no moving average: resume with --no_use_ema")
+        with torch.no_grad():
+            for name, value in self.parameters.items():
+                value.copy_(weights[name])
+        self.optimizer.load_state_dict(_unflatten(load_file(checkpoint / "optimizer.safetensors"), state["optimizer"]))
+        self.schedule.last_epoch = state["schedule"]
+        self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        if self.ema is not None:
+            averages = load_file(checkpoint / "ema.safetensors")
+            for name, shadow in zip(self.parameters, self.ema.shadow_params, strict=True):
+                shadow.copy_(averages[name])
+            self.ema.optimization_step = state["ema_step"]
+        return state["step"]
+
+
+def trained_parameters(modules: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
+    """Parameters that require a gradient, as MODULE.NAME."""
+    return {f"{part}.{name}": value for part, module in modules.items() for name, value in module.named_parameters() if value.requires_grad}
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` names; None to start anew."""
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        return checkpoints(run)[-1] if checkpoints(run) else None
+    found = next((path for path in (Path(wanted), run / wanted) if (path / "state.json").is_file()), None)
+    if found is None:
+        raise InputError(f"--resume_from_checkpoint {wanted}: no checkpoint there; {run} has {[path.name for path in checkpoints(run)]}")
+    return found
+
+
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Optimizer state -> tensors by `PARAMETER/NAME`, and a JSON record of the rest."""
+    tensors = {f"{index}/{name}": value for index, entry in state["state"].items() for name, value in entry.items() if torch.is_tensor(value)}
+    plain = {index: {name: value for name, value in entry.items() if not torch.is_tensor(value)} for index, entry in state["state"].items()}
+    unique = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
+    return unique, {"state": plain, "param_groups": state["param_groups"]}
+
+
+def _unflatten(tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> dict[str, Any]:
+    state = {int(index): dict(entry) for index, entry in record["state"].items()}
+    for key, value in tensors.items():
+        index, name = key.split("/", 1)
+        state[int(index)][name] = value
+    return {"state": state, "param_groups": record["param_groups"]}

@@ -1,0 +1,77 @@
+"""Looks at a model while it trains: held-out loss at fixed pairs, quick AUROC, and pictures at fixed seeds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from medsd.evaluation.classification import classification_metrics
+from medsd.inference.likelihood import make_plan
+from medsd.inference.pipeline import MedSDPipeline, picture
+from medsd.objectives.diffusion import denoising_error
+
+PREVIEW_STEPS = 20
+QUICK_PAIRS = 8
+
+
+class HeldOut:
+    """A fixed, class-balanced handful of validation images, encoded once."""
+
+    def __init__(self, pipe: MedSDPipeline, rows: Any, limit: int, seed: int = 0) -> None:
+        labels = np.asarray(rows["label"]) if len(rows) else np.empty(0, dtype=int)
+        chosen = _balanced(labels, limit, seed)
+        self.pipe, self.seed = pipe, seed
+        self.labels = labels[chosen]
+        self.images = [rows[int(index)]["image"] for index in chosen]
+        self.patients = [rows[int(index)]["patient_id"] for index in chosen]
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Mean denoising error with each image's own prompt, at the same pairs every time."""
+        latents = self.pipe.encode_images(self.images)
+        conditions = self.pipe.encode_prompts(self.pipe.data.prompts or [""])
+        conditions = conditions[torch.from_numpy(self.labels).to(conditions.device) if self.pipe.class_names else [0] * len(latents)]
+        plan = make_plan(self.pipe.noise_schedule, len(latents), tuple(latents.shape[1:]), seed=self.seed)
+        timesteps, noise = plan.timesteps.to(latents.device), plan.noise.to(latents.device)
+        return denoising_error(self.pipe.unet, self.pipe.noise_schedule, latents, noise, timesteps, conditions).mean().item()
+
+    def auroc(self) -> float | None:
+        """Macro AUROC from few pairs; None where it has no meaning."""
+        if len(self.pipe.class_names) < 2 or len(set(self.labels)) < 2:
+            return None
+        output = self.pipe.classify(self.images, mode="full", max_pairs=QUICK_PAIRS, seed=self.seed)
+        return classification_metrics(output.probabilities, self.labels, self.pipe.class_names, self.patients, resamples=1)["auroc"]
+
+
+def _balanced(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """Up to `limit` indices, taken from the classes in turn."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rank = np.zeros(len(labels), dtype=int)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        rank[members] = np.arange(len(members))
+    return np.lexsort((labels, rank))[:limit]
+
+
+def preview(pipe: MedSDPipeline, columns: int = 4, seed: int = 0, names: Sequence[str] | None = None) -> Image.Image:
+    """A row of generated images per class, the same start noise in every row."""
+    rows = []
+    for name in names or pipe.class_names or [None]:
+        generators = [torch.Generator().manual_seed(seed + column) for column in range(columns)]
+        images = pipe(class_name=name, num_images_per_prompt=columns, generator=generators, num_inference_steps=PREVIEW_STEPS, output_type="pt").images
+        rows.append(images * 2 - 1)
+    return grid(torch.stack(rows))
+
+
+def grid(images: torch.Tensor, side: int = 128) -> Image.Image:
+    """Images `(rows, columns, C, H, W)` in `[-1, 1]` as one picture; small ones are enlarged to about `side` pixels."""
+    views = [[picture(image) for image in row] for row in images]
+    width, height = views[0][0].size
+    zoom = max(1, side // height)
+    sheet = Image.new(views[0][0].mode, (len(views[0]) * width * zoom, len(views) * height * zoom))
+    for row, line in enumerate(views):
+        for column, view in enumerate(line):
+            sheet.paste(view.resize((width * zoom, height * zoom), Image.Resampling.NEAREST), (column * width * zoom, row * height * zoom))
+    return sheet
