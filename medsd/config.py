@@ -6,9 +6,9 @@ other's folders. The parser is imported here and nowhere else.
 """
 
 import argparse
+import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -140,6 +140,8 @@ class TrainingConfig(RecipeConfig):
     """A checkpoint folder, or latest (starts anew where there is none)."""
     overwrite: bool = False
     """Replace what is already in output_dir."""
+    logging_steps: int = 20
+    """Updates between two lines of metrics.jsonl."""
     report_to: Literal["tensorboard", "none"] = "tensorboard"
     """Where curves and previews go, beside metrics.jsonl."""
     push_to_hub: bool = False
@@ -212,6 +214,10 @@ class FinetuneUNetConfig(TrainingConfig):
             raise InputError("--codec kl with --preset needs --vae FOLDER")
         if self.codec == "pixels" and (self.vae or self.pretrained_model_name_or_path):
             raise InputError("--codec pixels is for a --preset without --vae; a pretrained model keeps its own codec")
+        lost = ["train_text_encoder", "vae", "prediction_type", "beta_schedule"]
+        for field in lost if self.rank else []:
+            if getattr(self, field):
+                raise InputError(f"--{field} cannot go with --rank: a LoRA run keeps its base's own")
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise InputError(f"--proportion_empty_prompts {self.proportion_empty_prompts} is not within 0 and 1")
 
@@ -301,7 +307,8 @@ def parse(recipe: type[Config], argv: Sequence[str]) -> Config:
 
 def run(main: Callable[[Config], None], recipe: type[Config]) -> None:
     """Parse the command line and call `main`; end with one line and the contract's exit code where something is wrong."""
-    warnings.filterwarnings("ignore", module="xformers|bitsandbytes")
+    for library in ("bitsandbytes", "xformers", "torch.distributed.elastic"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     config = _or_exit(lambda: parse(recipe, sys.argv[1:]), USAGE_ERROR)
     _or_exit(lambda: main(config), USER_ERROR)
 

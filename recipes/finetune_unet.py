@@ -2,28 +2,205 @@
 
     accelerate launch recipes/finetune_unet.py
     accelerate launch recipes/finetune_unet.py --config recipes/configs/pneumoniamnist.yaml
-    accelerate launch recipes/finetune_unet.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --rank 16
+    accelerate launch recipes/finetune_unet.py --pretrained_model_name_or_path runs/phantom/unet --rank 4 --output_dir runs/phantom/lora
 
-The loop is in `train`; everything that varies (full or LoRA, latent or pixels, with or without classes) is decided before it.
+The loop is in `train`. What varies (full or LoRA, latent or pixels, with or without classes) is decided before it.
 """
 
-import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from medsd.config import FinetuneUNetConfig, run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from medsd.data.dataset import DataInfo
+    from medsd.inference.pipeline import MedSDPipeline
+    from medsd.training.record import RunRecord
 
 
 def main(config: FinetuneUNetConfig) -> None:
     """Build the pipeline, train it, and leave a pipeline folder."""
-    from medsd.training.setup import accelerator_for, check_output, quiet_libraries
     from medsd.training.record import RunRecord
+    from medsd.training.setup import build_accelerator, check_output, quiet_libraries
 
     quiet_libraries()
     output_dir = Path(config.output_dir)
-    check_output(output_dir, config.overwrite, config.resume_from_checkpoint)
-    accelerator = accelerator_for(config.mixed_precision, config.gradient_accumulation_steps)
+    accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed)
     with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            check_output(output_dir, config.overwrite, config.resume_from_checkpoint)
         info = data_info(config)
     pipe = build_pipeline(config, info)
     with RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard") as record:
         train(config, accelerator, pipe, record)
+    if config.push_to_hub and accelerator.is_main_process:
+        print("pushed to", pipe.push_to_hub(config.hub_model_id, private=config.hub_private_repo))
+    accelerator.print(f"next: python recipes/classify.py --pipeline {output_dir} --dataset_name {config.dataset_name}")
+    accelerator.print(f"      python recipes/generate.py --pipeline {output_dir}")
+
+
+def data_info(config: FinetuneUNetConfig) -> "DataInfo":
+    """`medsd.json` of the data; the default data set, the phantom, is made where it is not there yet."""
+    from medsd.data.dataset import load_info
+    from medsd.data.prepare import PrepareOptions, prepare_phantom
+
+    default = FinetuneUNetConfig().dataset_name
+    if config.dataset_name == default and not Path(default).exists():
+        print(f"making the phantom, a procedural head CT, in {default}")
+        prepare_phantom(Path(default), PrepareOptions(resolution=64))
+    info = load_info(config.dataset_name)
+    if config.unconditional:
+        return info.without_classes()
+    return info.with_words() if config.class_tokens == "words" else info
+
+
+def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeline":
+    """The model to start from, on the CPU, with the data's classes, intensity map and resolution."""
+    from medsd.data.dataset import load_dataset
+    from medsd.data.transforms import pixel_statistics
+    from medsd.inference.pipeline import MedSDPipeline, load_vae
+
+    vae = load_vae(config.vae) if config.vae else None
+    if config.pretrained_model_name_or_path is not None:
+        pipe = MedSDPipeline.from_pretrained(config.pretrained_model_name_or_path, revision=config.revision)
+        if vae is not None:
+            pipe.register_modules(vae=vae)
+    else:
+        mean, std = pixel_statistics(load_dataset(config.dataset_name, "train"), info.intensity_map)
+        pipe = MedSDPipeline.from_preset(config.preset or "tiny", info, vae, config.pixel_factor, mean, std)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.change_schedule(prediction_type=config.prediction_type, beta_schedule=config.beta_schedule)
+    pipe.adopt(info)
+    return pipe
+
+
+def choose_trained(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> dict[str, Any]:
+    """Freeze what does not learn; returns the modules that hold something that does."""
+    from medsd.models.conditioning import train_only_tokens
+    from medsd.models.lora import FROZEN_DTYPES, add_lora
+
+    if pipe.vae is not None:
+        pipe.vae.requires_grad_(False)
+    if config.rank:
+        add_lora(pipe.unet, config.rank, config.lora_alpha, FROZEN_DTYPES[config.mixed_precision])
+        pipe.record_base(config.pretrained_model_name_or_path, config.revision, Path(config.output_dir))
+    if config.pretrained_model_name_or_path is None or config.train_text_encoder:
+        return {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    learns = train_only_tokens(pipe.text_encoder, pipe.tokenizer, pipe.data.class_tokens)
+    return {"unet": pipe.unet, "text_encoder": pipe.text_encoder} if learns else {"unet": pipe.unet}
+
+
+def default_learning_rate(config: FinetuneUNetConfig) -> float:
+    """1e-3 from random weights, 1e-4 for adapters, 1e-5 for a pretrained model in full."""
+    if config.pretrained_model_name_or_path is None:
+        return 1e-3
+    return 1e-4 if config.rank else 1e-5
+
+
+def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPipeline", record: "RunRecord") -> None:
+    """Train `pipe` in place and save it to the run's folder."""
+    import torch
+    from tqdm import tqdm
+
+    from medsd.data.dataset import available_splits, load_dataset
+    from medsd.data.transforms import TrainingOrder, augment, to_unit, training_loader
+    from medsd.models.conditioning import drop_prompts, encode, tokenize
+    from medsd.models.unet import attention_kernel, enable_xformers
+    from medsd.objectives.diffusion import denoising_error, min_snr_weight, sample_timesteps
+    from medsd.training.checkpoint import TrainState, find_checkpoint, trained_parameters
+    from medsd.training.preview import HeldOut, preview
+    from medsd.training.setup import build_optimizer, build_schedule, draws
+
+    output_dir, device = Path(config.output_dir), accelerator.device
+    modules = choose_trained(config, pipe)
+    if config.enable_xformers_memory_efficient_attention:
+        enable_xformers(pipe.unet)
+    if config.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    pipe.to(device)
+    parameters = trained_parameters(modules)
+    optimizer = build_optimizer(parameters.values(), config.learning_rate or default_learning_rate(config), config.use_8bit_adam)
+    lr_schedule = build_schedule(optimizer, config.lr_scheduler, config.lr_warmup_steps, config.max_train_steps)
+    state = TrainState(parameters, optimizer, lr_schedule, ema_decay=0.999 if config.use_ema else None)
+    checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
+    first = state.load(checkpoint) if checkpoint else 0
+    networks = {name: accelerator.prepare(module) for name, module in modules.items()}
+    unet, text_encoder = networks["unet"], networks.get("text_encoder", pipe.text_encoder)
+    optimizer = accelerator.prepare(optimizer)
+
+    rows = load_dataset(config.dataset_name, "train")
+    rows = rows.select(range(min(len(rows), config.max_train_samples or len(rows))))
+    order = TrainingOrder(
+        rows["label"],
+        config.train_batch_size,
+        config.class_sampling,
+        config.seed,
+        start=first * config.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    batches = iter(training_loader(rows, order, config.dataloader_num_workers))
+    has_validation = "validation" in available_splits(config.dataset_name)
+    held_out = HeldOut(pipe, load_dataset(config.dataset_name, "validation")) if has_validation else None
+    codec, schedule, intensity = pipe.codec, pipe.noise_schedule, pipe.data.intensity_map
+    prompt_ids = tokenize(pipe.tokenizer, [*pipe.data.prompts, ""]).to(device)
+    record.environment(device=str(device), attention=attention_kernel(pipe.unet), trained_parameters=sum(p.numel() for p in parameters.values()))
+
+    for module in networks.values():
+        module.train()
+    bar = tqdm(range(first, config.max_train_steps), initial=first, total=config.max_train_steps, disable=not accelerator.is_main_process)
+    for step in bar:
+        # The training step.
+        for micro in range(config.gradient_accumulation_steps):
+            batch = next(batches)
+            generator = draws(config.seed, step * config.gradient_accumulation_steps + micro, accelerator.process_index, device)
+            with accelerator.accumulate(*networks.values()):
+                images = augment(to_unit(batch["images"].to(device), intensity), config.random_shift, generator)
+                latents = codec.encode(images, generator)
+                noise = torch.randn(latents.shape, generator=generator, device=device)
+                timesteps = sample_timesteps(len(latents), schedule, generator)
+                prompts = drop_prompts(batch["labels"].to(device), len(prompt_ids) - 1, config.proportion_empty_prompts, generator)
+                condition = encode(text_encoder, prompt_ids)[prompts]
+                error = denoising_error(unet, schedule, latents, noise, timesteps, condition, config.loss_type)
+                loss = (min_snr_weight(schedule, timesteps, config.snr_gamma) * error).mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(list(parameters.values()), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        lr_schedule.step()
+        state.update_average()
+
+        done = step + 1
+        if done % config.logging_steps == 0 or done == config.max_train_steps:
+            numbers = {"loss": loss.item(), "learning_rate": lr_schedule.get_last_lr()[0]}
+            record.log(done, **numbers)
+            bar.set_postfix(loss=f"{numbers['loss']:.4f}")
+        if not accelerator.is_main_process:
+            continue
+        if done % config.validation_steps == 0 or done == config.max_train_steps:
+            with state.averaged(), accelerator.autocast():
+                look(held_out, preview(pipe), record, done, bar.write)
+        if done % config.checkpointing_steps == 0:
+            state.save(output_dir, done, config.checkpoints_total_limit)
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        state.adopt_average()
+        pipe.save_pretrained(output_dir)
+    accelerator.print(f"pipeline in {output_dir}, pictures in {output_dir / 'preview.png'}")
+
+
+def look(held_out: Any, picture: Any, record: "RunRecord", step: int, write: Any) -> None:
+    """Held-out loss, quick AUROC and a preview."""
+    numbers = {} if held_out is None else {"validation_loss": held_out.loss(), "validation_auroc": held_out.auroc()}
+    numbers = {name: value for name, value in numbers.items() if value is not None}
+    record.log(step, **numbers)
+    record.picture(step, "preview", picture)
+    write(f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items()))
+
+
+if __name__ == "__main__":
+    run(main, FinetuneUNetConfig)

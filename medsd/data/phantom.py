@@ -1,17 +1,16 @@
 """The embedded default: a procedural head CT with the classes of RSNA-2019, written as real DICOM. Nobody's data.
 
-A class is told by the place and the shape of its bleed, never by brightness: every slice shows the same area of blood
-drawn from one distribution, and what the bleed leaves over (in `normal`: all of it) lies in distractors, outside the
-skull or in the falx.
+A class is told by the place and the shape of its bleed, not by brightness: every slice shows an area of blood drawn
+from one and the same distribution. What the bleed does not cover (in `normal`: all of it) is blood of the scalp.
+Sizes, scalp, falx, dark scars, chalk, pose and scanner vary alike in all classes.
 
 Words. Head frame: mm from the middle of the head, x to the image's right, y towards the occiput (downwards).
-Depth: mm below the inner skull, negative outside. Arc: mm along the inner skull from a given angle. Level: mm above the
-plane of the third ventricle. A signed field `(size, size)` is in mm, positive inside its shape and zero on its edge.
+Depth: mm below the inner skull; height: mm above the outer one. Arc: mm along the inner skull. Level: mm above the
+third ventricle. A shape is a signed field `(size, size)` in mm: positive inside, zero on its edge.
 """
 
 import csv
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,14 +29,14 @@ CLASSES: tuple[str, ...] = ("normal", "epidural", "subdural", "subarachnoid", "i
 MAX_SLICES = 12
 SLICE_STEP = 6.0
 """Distance of two slices, mm."""
-BLEED_AREA = (600.0, 1050.0)
-DISTRACTOR_AREA = (120.0, 800.0)
-"""Range of the area in mm2 that the bleed, and beside it the distractors, cover; `normal` puts both into distractors."""
-BLOOD_HU = (56.0, 72.0)
-EDGE_AREA = (1000.0, 1800.0)
-"""Range of the area in mm2 at the HU of a bleed's blurred edge: what the edges leave over is bruised scalp."""
+BLEED_AREA = (540.0, 940.0)
+"""Range of the area of the bleed, mm2; in `normal` a second bleed of the scalp covers it."""
+SCALP_BLEED_AREA = (100.0, 1100.0)
+BLOOD_HU = (57.0, 75.0)
+FADING_AREA = (200.0, 600.0)
+"""Range of the area over which a bleed fades into its surroundings, mm2: short outlines are softer than long ones."""
 OUTSIDE = np.float32(-1000.0)
-"""Value of a signed field where its shape may never grow; also the HU of air."""
+"""Value of a shape where it may not grow; also the HU of air."""
 
 Rng = np.random.Generator
 
@@ -87,6 +86,8 @@ class Patient:
     ventricles: float
     """Area at level 0, mm2."""
     ventricle_asymmetry: float
+    cortex: float
+    """Thickness of the grey ribbon."""
     atrophy: float
     """Half the width of a sulcus at the surface."""
     sulci: int
@@ -99,6 +100,8 @@ class Anatomy:
 
     pixel: float
     axes: np.ndarray
+    """(2,): half width and half length of the inner skull."""
+    sulci: int
     x: np.ndarray
     y: np.ndarray
     angle: np.ndarray
@@ -107,13 +110,12 @@ class Anatomy:
     """Distance of the inner skull from the middle, at the pixel's angle."""
     depth: np.ndarray
     height: np.ndarray
-    """Above the outer skull."""
     midline: np.ndarray
-    """Signed distance from the falx."""
+    """Distance from the falx, negative on the image's left."""
     ventricles: np.ndarray
-    """Signed field."""
+    """Shape."""
     sulcus: np.ndarray
-    """Integer: which sulcus is nearest."""
+    """Number of the nearest sulcus, an integer below `sulci`."""
     beside: np.ndarray
     """Distance sideways from that sulcus."""
     sulcus_depth: np.ndarray
@@ -123,67 +125,66 @@ class Anatomy:
 def slice_image(seed: int, patient: int, index: int, label: str, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
     """Slice `index` (0 to 11, from below upwards) of a patient with a bleed of class `label`.
 
-    Returns the image `(1, size, size)` float32 in whole HU within [-1000, 3000], and the bleed's mask
-    `(1, size, size)` uint8, 0 or 1, all 0 for `normal`. The same arguments give the same slice; with another
-    label the same head. Raises InputError for an unknown label, an index or a size out of range.
+    Returns the image `(1, size, size)`, float32, whole HU within [-1000, 3000], and the bleed's mask
+    `(1, size, size)`, uint8, 0 or 1, all 0 for `normal`. The same arguments give the same slice; another label
+    gives the same head with another bleed. Raises InputError for an unknown label and for numbers out of range.
     """
-    _check_slice(patient, index, label, size)
-    head = _patient(seed, patient)
-    bleed_area, rest_area = _rng(seed, patient, index, 0).uniform(*zip(BLEED_AREA, DISTRACTOR_AREA, strict=True))
-    swelling = bleed_area if label == "intraventricular" else 0.0
-    anatomy = _anatomy(head, index, size, _rng(seed, patient, index, 1), swelling)
-    rng = _rng(seed, patient, index, 2)
-    bleed = BLEEDS[label](anatomy, bleed_area, rng) if label in BLEEDS else None
-    scalp = _scalp_bleeds(anatomy, [rest_area] if label in BLEEDS else [rest_area, bleed_area], rng)
-    oedema = _oedema(anatomy, bleed if label == "intraparenchymal" else None, rng)
-    interior = _interior(head, anatomy, bleed, oedema, _rng(seed, patient, index, 3))
-    bruise = _bruise(head, anatomy, scalp if bleed is None else [bleed, *scalp], rng)
-    image = _with_skull(head, anatomy, interior, scalp, bruise, _rng(seed, patient, index, 4))
-    mask = np.zeros((size, size), bool) if bleed is None else (bleed > 0) & (anatomy.depth > 0)
-    return image[None], mask[None].astype(np.uint8)
-
-
-def _check_slice(patient: int, index: int, label: str, size: int) -> None:
+    _check(seed, patient, index, size)
     if label not in CLASSES:
         raise InputError(f'no class "{label}" in the phantom; it has {", ".join(CLASSES)}')
-    if patient < 0 or not 0 <= index < MAX_SLICES:
-        raise InputError(f"patient {patient}, slice {index}: a patient >= 0 and a slice from 0 to {MAX_SLICES - 1} are expected")
+    head = _patient(seed, patient)
+    areas = _rng(seed, patient, index + 1, 0).uniform(*zip(SCALP_BLEED_AREA, BLEED_AREA, strict=True))
+    anatomy = _anatomy(head, index, size, areas[1] if label == "intraventricular" else 0.0, _rng(seed, patient, index + 1, 1))
+    rng = _rng(seed, patient, index + 1, 2)
+    bleed = BLEEDS[label](anatomy, areas[1], rng) if label in BLEEDS else np.full((size, size), OUTSIDE)
+    scalp_bleeds = _scalp_bleeds(anatomy, areas[:1] if label in BLEEDS else areas, rng)
+    oedema = _rim(anatomy, bleed, rng) if label == "intraparenchymal" else _scar(anatomy, rng)
+    interior = _interior(head, anatomy, bleed, oedema, _rng(seed, patient, index + 1, 3))
+    image = _scan(head, anatomy, interior, scalp_bleeds, _rng(seed, patient, index + 1, 4))
+    return image[None], (bleed > 0)[None].astype(np.uint8)
+
+
+def _check(seed: int, patient: int, index: int, size: int) -> None:
+    if seed < 0 or patient < 0 or not 0 <= index < MAX_SLICES:
+        raise InputError(f"seed {seed}, patient {patient}, slice {index}: expected are two numbers >= 0 and 0 to {MAX_SLICES - 1}")
     if not 32 <= size <= 1024:
         raise InputError(f"a phantom of {size} x {size} pixels; 32 to 1024 are possible")
 
 
-def _rng(*key: int) -> Rng:
-    return np.random.default_rng(np.random.SeedSequence(key))
+def _rng(seed: int, patient: int, part: int, stream: int) -> Rng:
+    """Part 0 is the patient, part `index + 1` a slice."""
+    return np.random.default_rng(np.random.SeedSequence((seed, patient, part, stream)))
 
 
 @lru_cache(maxsize=16)
 def _patient(seed: int, patient: int) -> Patient:
-    rng = _rng(seed, patient)
-    white = rng.uniform(24, 31)
+    rng = _rng(seed, patient, 0, 0)
+    white = rng.uniform(24, 32)
     return Patient(
         scanner=SCANNERS[rng.integers(len(SCANNERS))],
-        field_of_view=rng.uniform(218, 236),
-        centre=rng.uniform(-7, 7, 2),
+        field_of_view=rng.uniform(212, 236),
+        centre=rng.uniform(-5, 5, 2),
         tilt=np.deg2rad(rng.uniform(-15, 15)),
-        half_axes=rng.uniform(0.88, 1.06) * np.array([rng.uniform(61, 68), rng.uniform(75, 85)]),
+        half_axes=rng.uniform(0.85, 1.06) * np.array([rng.uniform(61, 68), rng.uniform(75, 85)]),
         squareness=rng.uniform(2.0, 2.5),
         bumps=rng.normal(0, [0.02, 0.02, 0.012, 0.012]),
-        skull=rng.uniform(5, 8.5),
-        scalp=rng.uniform(4.5, 8),
+        skull=rng.uniform(4.5, 9),
+        scalp=rng.uniform(5, 10),
         bone_hu=rng.uniform(1000, 1400),
-        scalp_hu=rng.uniform(8, 40),
-        grey_hu=white + rng.uniform(8, 11),
+        scalp_hu=rng.uniform(2, 58),
+        grey_hu=white + rng.uniform(5, 12),
         white_hu=white,
         csf_hu=rng.uniform(5, 10),
-        ventricles=rng.uniform(450, 1300),
+        ventricles=rng.uniform(400, 1500),
         ventricle_asymmetry=rng.normal(0, 1.5),
-        atrophy=rng.uniform(0.4, 1.7),
-        sulci=int(rng.integers(18, 23)),
+        cortex=rng.uniform(3.0, 6.5),
+        atrophy=rng.uniform(0.4, 2.0),
+        sulci=int(rng.integers(17, 22)),
         first_level=rng.uniform(0, 12),
     )
 
 
-def _anatomy(head: Patient, index: int, size: int, rng: Rng, swelling: float) -> Anatomy:
+def _anatomy(head: Patient, index: int, size: int, swelling: float, rng: Rng) -> Anatomy:
     """Slice `index` of a head, its ventricles widened by `swelling` mm2."""
     level = head.first_level + SLICE_STEP * index
     axes = head.half_axes * np.sqrt(1 - (level / 105) ** 2)
@@ -192,14 +193,14 @@ def _anatomy(head: Patient, index: int, size: int, rng: Rng, swelling: float) ->
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
     inner = _outline(head, axes, angle)
     midline = x + 2.0 * _noise(rng, size, 4)
-    fold = head.sulci / (2 * np.pi)
-    phase = fold * angle + 0.28 * _noise(rng, size, 10) * (0.5 + np.maximum(inner - radius, 0) / 18)
-    nearest = np.floor(phase)
-    area = head.ventricles * rng.uniform(0.6, 1.3) * (1 - level / 140) + swelling
     ventricles = _ventricles(head, axes, midline, y + 1.5 * _noise(rng, size, 5), level)
+    area = head.ventricles * rng.uniform(0.6, 1.3) * (1 - level / 140) + swelling
+    turns = head.sulci * angle / (2 * np.pi) + 0.28 * _noise(rng, size, 10) * (0.5 + np.maximum(inner - radius, 0) / 18)
+    sulcus = np.floor(turns).astype(np.int64) % head.sulci
     return Anatomy(
         pixel=pixel,
         axes=axes,
+        sulci=head.sulci,
         x=x,
         y=y,
         angle=angle,
@@ -209,9 +210,9 @@ def _anatomy(head: Patient, index: int, size: int, rng: Rng, swelling: float) ->
         height=radius - inner - head.skull,
         midline=midline,
         ventricles=_grow(ventricles, area, pixel),
-        sulcus=nearest.astype(np.int64) % head.sulci,
-        beside=np.abs(phase - nearest - 0.5) * radius / fold,
-        sulcus_depth=rng.uniform(12, 28, head.sulci).astype(np.float32)[nearest.astype(np.int64) % head.sulci],
+        sulcus=sulcus,
+        beside=np.abs(turns % 1 - 0.5) * radius * 2 * np.pi / head.sulci,
+        sulcus_depth=rng.uniform(12, 28, head.sulci).astype(np.float32)[sulcus],
     )
 
 
@@ -232,7 +233,7 @@ def _outline(head: Patient, axes: np.ndarray, angle: np.ndarray) -> np.ndarray:
 
 
 def _ventricles(head: Patient, axes: np.ndarray, midline: np.ndarray, y: np.ndarray, level: float) -> np.ndarray:
-    """Field of frontal horns, bodies, occipital horns and third ventricle, to be grown to an area."""
+    """Frontal horns, bodies, trigones, occipital horns and (below) the third ventricle, to be grown to an area."""
     up = np.clip((level - 8) / 22, 0, 1)
     u, v = np.abs(midline) / axes[0], y / axes[1]
     horns = (
@@ -256,7 +257,7 @@ def _capsule(
     last: float,
     bow: float = 0.0,
 ) -> np.ndarray:
-    """Signed field (mm) of a thick line between two points in units of the half axes.
+    """Shape of a thick line between two points, which are in units of the half axes.
 
     Its half width (mm) goes from `first` to `last`; its middle is bowed sideways by `bow` half widths of the head.
     """
@@ -269,57 +270,66 @@ def _capsule(
 
 def _epidural(anatomy: Anatomy, area: float, rng: Rng) -> np.ndarray:
     """A lens against the inner skull: short arc, bulging into the brain."""
-    return _grow(np.where(anatomy.depth > 0, _lens(anatomy, anatomy.depth, area, _angle(rng), rng), OUTSIDE), area, anatomy.pixel)
-
-
-def _lens(anatomy: Anatomy, depth: np.ndarray, area: float, centre: float, rng: Rng) -> np.ndarray:
-    half = np.sqrt(0.75 * area / rng.uniform(0.45, 0.65))
-    return 0.75 * area / half * (1 - (_arc(anatomy, centre) / half) ** 2) - depth
+    return _grow(_lens(anatomy, anatomy.depth, area, _angle(rng), rng), area, anatomy.pixel)
 
 
 def _subdural(anatomy: Anatomy, area: float, rng: Rng) -> np.ndarray:
     """A crescent along the inner skull of one side: long arc, thin, never across the falx."""
     side = rng.choice([-1.0, 1.0])
     centre = np.deg2rad(90 - side * 90 + rng.uniform(-50, 50))
-    crescent = np.minimum(_crescent(anatomy, anatomy.depth, area, centre, rng), side * anatomy.midline - 1)
-    return _grow(np.where(anatomy.depth > 0, crescent, OUTSIDE), area, anatomy.pixel)
+    crescent = _crescent(anatomy, anatomy.depth, area, centre, rng)
+    return _grow(np.where(side * anatomy.midline > 1, crescent, OUTSIDE), area, anatomy.pixel)
 
 
-def _crescent(anatomy: Anatomy, depth: np.ndarray, area: float, centre: float, rng: Rng) -> np.ndarray:
-    thickness = rng.uniform(6.5, 8.5)
-    half = area / (1.6 * thickness)
-    return thickness * (1 - np.minimum(np.abs(_arc(anatomy, centre) / half), 4) ** 4) - depth
+def _lens(anatomy: Anatomy, away: np.ndarray, area: float, centre: float, rng: Rng) -> np.ndarray:
+    """Half as thick as its half arc or so; `away` is the distance from the skull (depth or height)."""
+    half = np.sqrt(0.75 * area / rng.uniform(0.45, 0.65))
+    lens = 0.75 * area / half * (1 - (_arc(anatomy, centre) / half) ** 2) - away
+    return np.where(away > 0, lens, OUTSIDE)
+
+
+def _crescent(anatomy: Anatomy, away: np.ndarray, area: float, centre: float, rng: Rng) -> np.ndarray:
+    """About 8 mm thick, as long as the area asks."""
+    thickness = rng.uniform(7.0, 9.0)
+    arc = np.abs(_arc(anatomy, centre)) / (area / (1.6 * thickness))
+    return np.where(away > 0, thickness * (1 - np.minimum(arc, 4) ** 4) - away, OUTSIDE)
 
 
 def _subarachnoid(anatomy: Anatomy, area: float, rng: Rng) -> np.ndarray:
-    """Streaks: several neighbouring sulci filled, from the brain's surface inwards."""
-    reach = np.maximum(anatomy.sulcus_depth, 22)
-    half = 0.5 * area / (6.0 * 22) * 2 * np.pi / (int(anatomy.sulcus.max()) + 1) / 0.85
-    wide = np.abs(_turn(anatomy.angle - _angle(rng))) - half
-    streaks = -np.hypot(anatomy.beside, np.maximum(anatomy.depth - reach, 0)) - np.maximum(wide * anatomy.radius - 4, 0)
-    free = (rng.random(anatomy.sulcus.max() + 1) < 0.15)[anatomy.sulcus]
-    return _grow(np.where((anatomy.depth > 1) & (anatomy.ventricles < -3) & ~free, streaks, OUTSIDE), area, anatomy.pixel)
+    """Streaks: most of several neighbouring sulci filled, from the brain's surface inwards."""
+    shallowest = 22.0
+    filled = rng.random(anatomy.sulci) > 0.15
+    width = 2 * np.pi * area / (9.0 * shallowest * 0.85 * anatomy.sulci)
+    beyond = (np.abs(_turn(anatomy.angle - _angle(rng))) - width / 2) * anatomy.radius
+    deeper = anatomy.depth - np.maximum(anatomy.sulcus_depth, shallowest)
+    streaks = -np.hypot(anatomy.beside, np.maximum(deeper, 0)) - np.maximum(beyond - 4, 0)
+    free = (anatomy.depth > 1) & (anatomy.ventricles < -3) & filled[anatomy.sulcus]
+    return _grow(np.where(free, streaks, OUTSIDE), area, anatomy.pixel)
 
 
 def _intraparenchymal(anatomy: Anatomy, area: float, rng: Rng) -> np.ndarray:
     """A rounded, irregular blob in the brain, clear of skull, ventricles and falx."""
-    clear = np.minimum(np.minimum(anatomy.depth - 7, -anatomy.ventricles - 3), np.abs(anatomy.midline) - 3)
-    blob = _blob(anatomy, clear, np.sqrt(area / np.pi), rng)
-    return _grow(np.where(clear > 0, np.minimum(blob, clear), OUTSIDE), area, anatomy.pixel)
+    clear = _clearance(anatomy, 8, 2)
+    blob = np.minimum(_blob(anatomy, clear, area, rng), clear)
+    return _grow(np.where(clear > 0, blob, OUTSIDE), area, anatomy.pixel)
 
 
-def _blob(anatomy: Anatomy, clear: np.ndarray, radius: float, rng: Rng) -> np.ndarray:
-    """Minus the distance from a random place with `clear` room for the radius (or nearly the most room there is)."""
-    places = np.flatnonzero(clear >= min(radius, 0.9 * clear.max()))
-    place = rng.choice(places)
+def _clearance(anatomy: Anatomy, skull: float, ventricles: float) -> np.ndarray:
+    """Shape of the brain farther than so many mm from the skull and the ventricles, and 3 mm from the falx."""
+    return np.min([anatomy.depth - skull, -anatomy.ventricles - ventricles, np.abs(anatomy.midline) - 3], axis=0)
+
+
+def _blob(anatomy: Anatomy, clear: np.ndarray, area: float, rng: Rng) -> np.ndarray:
+    """Minus the distance from a random place where `clear` has room for most of the area (or nearly the most room)."""
+    place = rng.choice(np.flatnonzero(clear >= min(0.7 * np.sqrt(area / np.pi), 0.9 * clear.max())))
     dx, dy = anatomy.x - anatomy.x.flat[place], anatomy.y - anatomy.y.flat[place]
-    turn, stretch = rng.uniform(0, np.pi), rng.uniform(1.0, 1.25)
+    turn, stretch = rng.uniform(0, np.pi), rng.uniform(1.0, 1.3)
     long, short = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
-    return -np.hypot(long / stretch, short * stretch) + 1.8 * _noise(rng, len(clear), 14)
+    return -np.hypot(long / stretch, short * stretch) + 3.0 * _noise(rng, len(clear), 10)
 
 
 def _intraventricular(anatomy: Anatomy, area: float, rng: Rng) -> np.ndarray:
-    """Blood in the ventricles on one side of a straight or curled level: a layer, a cast of one horn."""
+    """The ventricles on one side of a wavy line: a layer of blood, or a cast of some horns."""
     turn = _angle(rng)
     level = np.cos(turn) * anatomy.x + np.sin(turn) * anatomy.y + 5 * _noise(rng, len(anatomy.x), 6)
     filled = _grow(np.where(anatomy.ventricles > 0, level, OUTSIDE), area, anatomy.pixel)
@@ -333,53 +343,73 @@ BLEEDS: dict[str, Callable[[Anatomy, float, Rng], np.ndarray]] = {
     "intraparenchymal": _intraparenchymal,
     "intraventricular": _intraventricular,
 }
-"""Signed field of a bleed of the given area (mm2)."""
+"""Shape of a bleed of the given area (mm2)."""
 
 
-def _scalp_bleeds(anatomy: Anatomy, areas: list[float], rng: Rng) -> list[np.ndarray]:
-    """The same blood where it does not count: lenses and crescents outside the skull, one signed field per area."""
-    centre, fields = _angle(rng), []
+def _scalp_bleeds(anatomy: Anatomy, areas: np.ndarray, rng: Rng) -> list[np.ndarray]:
+    """The same blood where it does not count: lenses and crescents outside the skull, one shape per area."""
+    centre, shapes = _angle(rng), []
     for area in areas:
-        shape = (_lens, _crescent)[rng.integers(2)]
-        field = shape(anatomy, anatomy.height, area, centre, rng)
-        fields.append(_grow(np.where(anatomy.height > 0, field, OUTSIDE), area, anatomy.pixel))
+        draw = (_lens, _crescent, _crescent)[rng.integers(3)]
+        shapes.append(_grow(draw(anatomy, anatomy.height, area, centre, rng), area, anatomy.pixel))
         centre += rng.uniform(0.7, 1.3) * np.pi
-    return fields
+    return shapes
 
 
-def _bruise(head: Patient, anatomy: Anatomy, bleeds: list[np.ndarray], rng: Rng) -> np.ndarray:
-    """Signed field of swollen scalp, whose area makes up for the blurred edges of all bleeds."""
-    edges = sum(np.count_nonzero(np.abs(bleed) < 1.5) for bleed in bleeds) * anatomy.pixel**2
-    scalp = (anatomy.height > 0) & (anatomy.height < head.scalp)
-    field = 10 * _noise(rng, len(scalp), 4)
-    return _grow(np.where(scalp, field, OUTSIDE), rng.uniform(*EDGE_AREA) - edges, anatomy.pixel)
+def _bruise(anatomy: Anatomy, rng: Rng) -> np.ndarray:
+    """Shape of swollen scalp, which is denser than scalp and paler than blood."""
+    area = rng.uniform(0, 2600)
+    return _grow(_crescent(anatomy, anatomy.height, 0.8 * area + 100, _angle(rng), rng), area, anatomy.pixel)
 
 
 def _falx(anatomy: Anatomy, rng: Rng) -> np.ndarray:
-    """Signed field of a falx of any thickness, in front of and behind the ventricles."""
+    """Shape of a falx, thin or dense and thick, in front of and behind the ventricles."""
     gap = rng.uniform(0.3, 0.5) * anatomy.axes[1]
     line = -np.abs(anatomy.midline) - 0.5 * np.maximum(gap - np.abs(anatomy.y), 0)
-    area = rng.uniform(80, 420)
-    return _grow(np.where((anatomy.depth > 0) & (anatomy.ventricles < -2), line, OUTSIDE), area, anatomy.pixel)
+    free = (anatomy.depth > 0) & (anatomy.ventricles < -2)
+    return _grow(np.where(free, line, OUTSIDE), rng.uniform(60, 480), anatomy.pixel)
 
 
-def _interior(head: Patient, anatomy: Anatomy, bleed: np.ndarray | None, oedema: np.ndarray, rng: Rng) -> np.ndarray:
+def _rim(anatomy: Anatomy, bleed: np.ndarray, rng: Rng) -> np.ndarray:
+    """Shape of a bleed and the oedema around it."""
+    return _grow(bleed, np.count_nonzero(bleed > 0) * anatomy.pixel**2 + _oedema_area(rng), anatomy.pixel)
+
+
+def _scar(anatomy: Anatomy, rng: Rng) -> np.ndarray:
+    """Shape of an old scar, as large and as dark as the oedema around a bleed."""
+    area = _oedema_area(rng)
+    return _grow(_blob(anatomy, _clearance(anatomy, 4, 1), area, rng), area, anatomy.pixel)
+
+
+def _oedema_area(rng: Rng) -> float:
+    """In mm2, 0 every fourth time."""
+    return max(rng.uniform(-300, 900), 0)
+
+
+def _interior(head: Patient, anatomy: Anatomy, bleed: np.ndarray, oedema: np.ndarray, rng: Rng) -> np.ndarray:
     """HU inside the skull, before noise."""
     size, pixel = len(anatomy.x), anatomy.pixel
     hu = head.white_hu + (head.grey_hu - head.white_hu) * _grey(head, anatomy) + 0.8 * _noise(rng, size, 12)
-    hu = _mix(hu, rng.uniform(16, 22), 0.9 * _soft(oedema, 4.0))
+    hu = _mix(hu, rng.uniform(14, 22), _soft(oedema, 5.0))
     hu = _mix(hu, head.csf_hu, _soft(_csf(head, anatomy), pixel))
-    hu = _mix(hu, rng.uniform(48, 72), _soft(_falx(anatomy, rng), pixel))
-    hu = _mix(hu, rng.uniform(60, 120), _soft(_calcification(anatomy, rng), pixel))
-    if bleed is not None:
-        hu = _mix(hu, rng.uniform(*BLOOD_HU) + 2 * _noise(rng, size, 16), _soft(bleed, pixel))
+    hu = _mix(hu, rng.uniform(42, 72), _soft(_falx(anatomy, rng), pixel))
+    hu = _mix(hu, rng.uniform(60, 120), _soft(_chalk(anatomy, rng), pixel))
+    hu = _bleed_into(hu, bleed, pixel, rng)
+    hu = hu + 1.2 * _noise(rng, size, 3) + 2 * np.exp(-np.maximum(anatomy.depth, 0) / 9)
     return gaussian_filter(hu, head.scanner.blur / pixel, truncate=3.0)
+
+
+def _bleed_into(hu: np.ndarray, bleed: np.ndarray, pixel: float, rng: Rng) -> np.ndarray:
+    """Mottled blood over `hu`, its edge as wide as its outline needs to fade over an area drawn from FADING_AREA."""
+    outline = np.count_nonzero(np.abs(bleed) < pixel) * pixel / 2
+    edge = np.clip(rng.uniform(*FADING_AREA) / (outline + 1), pixel, 4.0)
+    return _mix(hu, rng.uniform(*BLOOD_HU) + rng.uniform(1, 5) * _noise(rng, len(hu), 16), _soft(bleed, edge))
 
 
 def _grey(head: Patient, anatomy: Anatomy) -> np.ndarray:
     """Share of grey matter, 0 to 1: a ribbon along the surface and the sulci, and the deep nuclei."""
     deeper = np.maximum(anatomy.depth - anatomy.sulcus_depth, 0)
-    cortex = 4.5 - np.minimum(anatomy.depth - head.atrophy, np.hypot(anatomy.beside, deeper))
+    cortex = head.cortex - np.minimum(anatomy.depth - head.atrophy, np.hypot(anatomy.beside, deeper))
     u, v = _folded(anatomy)
     lentiform = _capsule(u, v, anatomy.axes, (0.30, -0.22), (0.38, 0.02), 3, 6)
     thalamus = _capsule(u, v, anatomy.axes, (0.12, 0.02), (0.20, 0.14), 6, 6)
@@ -392,58 +422,55 @@ def _folded(anatomy: Anatomy) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _csf(head: Patient, anatomy: Anatomy) -> np.ndarray:
-    """Signed field of the ventricles, the sulci (narrowing inwards), the Sylvian fissures and the rim below the skull."""
+    """Shape of the ventricles, the sulci (narrowing inwards), the Sylvian fissures and the rim below the skull."""
     sulci = head.atrophy * (1 - anatomy.depth / anatomy.sulcus_depth) - anatomy.beside
     sulci = np.where(anatomy.depth < anatomy.sulcus_depth, sulci, OUTSIDE)
     sylvian = _capsule(*_folded(anatomy), anatomy.axes, (0.58, -0.16), (1.0, -0.04), 0.8 * head.atrophy, 2 * head.atrophy, 0.05)
     return np.max([anatomy.ventricles, sulci, sylvian, head.atrophy - anatomy.depth], axis=0)
 
 
-def _oedema(anatomy: Anatomy, bleed: np.ndarray | None, rng: Rng) -> np.ndarray:
-    """Signed field of dark tissue: the rim of the given bleed, else an old scar of the same area anywhere in the brain."""
-    area = max(rng.uniform(-300, 700), 0)
-    if bleed is not None:
-        return _grow(bleed, area + np.count_nonzero(bleed > 0) * anatomy.pixel**2, anatomy.pixel)
-    clear = np.minimum(np.minimum(anatomy.depth - 4, -anatomy.ventricles - 1), np.abs(anatomy.midline) - 2)
-    return _grow(_blob(anatomy, clear, np.sqrt(area / np.pi), rng), area, anatomy.pixel)
+def _chalk(anatomy: Anatomy, rng: Rng) -> np.ndarray:
+    """Shape of a calcified pineal gland, choroid plexus or pallidum; none every other time."""
+    u, v = ((0.0, 0.17), (0.22, 0.32), (0.32, -0.08))[rng.integers(3)]
+    distance = np.hypot(np.abs(anatomy.midline) - u * anatomy.axes[0], anatomy.y - v * anatomy.axes[1])
+    return max(rng.uniform(-4, 4), -1) - distance
 
 
-def _calcification(anatomy: Anatomy, rng: Rng) -> np.ndarray:
-    """Signed field of a chalky pineal gland, choroid plexus or pallidum; often none."""
-    places = ((0.0, 0.17), (0.22, 0.32), (0.32, -0.08))
-    place = places[rng.integers(3)]
-    radius = max(rng.uniform(-4, 4), -1.0)
-    return radius - np.hypot(np.abs(anatomy.midline) - place[0] * anatomy.axes[0], anatomy.y - place[1] * anatomy.axes[1])
-
-
-def _with_skull(
-    head: Patient, anatomy: Anatomy, interior: np.ndarray, scalp_bleeds: list[np.ndarray], bruise: np.ndarray, rng: Rng
-) -> np.ndarray:
-    """The whole slice in HU: interior, skull, scalp, air, and the scanner's noise and shading; rounded."""
-    size, pixel = len(interior), anatomy.pixel
-    skin = np.max([head.scalp + 0.6 * _noise(rng, size, 8) - anatomy.height, *(bleed + 2.5 for bleed in scalp_bleeds)], axis=0)
-    tissue = _mix(head.scalp_hu + 5 * _noise(rng, size, 6), rng.uniform(42, 56), _soft(bruise, 4.0))
-    hu = _mix(np.full_like(interior, OUTSIDE), tissue, _soft(skin, pixel))
-    for bleed in scalp_bleeds:
-        hu = _mix(hu, rng.uniform(*BLOOD_HU) + 2 * _noise(rng, size, 16), _soft(bleed, pixel))
+def _scan(head: Patient, anatomy: Anatomy, interior: np.ndarray, scalp_bleeds: list[np.ndarray], rng: Rng) -> np.ndarray:
+    """The whole slice in whole HU: air, scalp, skull, interior, and the scanner's noise."""
+    pixel = anatomy.pixel
+    hu = _scalp(head, anatomy, scalp_bleeds, rng)
     diploe = 450 * np.exp(-(((anatomy.depth + head.skull / 2) / (0.25 * head.skull)) ** 2))
     hu = _mix(hu, head.bone_hu - diploe, _soft(-anatomy.height, pixel))
-    shading = 1.2 * _noise(rng, size, 3) + 2 * np.exp(-np.maximum(anatomy.depth, 0) / 9)
-    hu = _mix(hu, interior + shading, _soft(anatomy.depth, pixel))
-    noise = gaussian_filter(rng.standard_normal((size, size), np.float32), 0.5 * head.scanner.blur / pixel, truncate=3.0)
-    return np.clip(np.rint(hu + head.scanner.noise * rng.uniform(0.8, 1.3) / noise.std() * noise), -1000, 3000).astype(np.float32)
+    hu = _mix(hu, interior, _soft(anatomy.depth, pixel))
+    grain = gaussian_filter(rng.standard_normal(hu.shape, np.float32), 0.5 * head.scanner.blur / pixel, truncate=3.0)
+    hu += head.scanner.noise * rng.uniform(0.8, 1.3) / grain.std() * grain
+    return np.clip(np.rint(hu), -1000, 3000).astype(np.float32)
+
+
+def _scalp(head: Patient, anatomy: Anatomy, bleeds: list[np.ndarray], rng: Rng) -> np.ndarray:
+    """HU of air and scalp; bruise and bleeds lift the skin."""
+    size, bruise = len(anatomy.x), _bruise(anatomy, rng)
+    skin = np.max([head.scalp + 0.6 * _noise(rng, size, 8) - anatomy.height, *(shape + 3 for shape in (bruise, *bleeds))], axis=0)
+    tissue = _mix(head.scalp_hu + 7 * _noise(rng, size, 6), rng.uniform(36, 58), _soft(bruise, 3.0))
+    hu = _mix(np.full_like(tissue, OUTSIDE), tissue, _soft(skin, anatomy.pixel))
+    for bleed in bleeds:
+        hu = _bleed_into(hu, bleed, anatomy.pixel, rng)
+    return hu
 
 
 def _grow(field: np.ndarray, area: float, pixel: float) -> np.ndarray:
-    """The signed field shifted so that it is positive on `area` mm2, or wherever it may grow if that is less."""
-    count = min(int(area / pixel**2), np.count_nonzero(field > OUTSIDE))
+    """The field shifted so that it is positive on `area` mm2, or wherever it may grow if that is less."""
+    free = field > OUTSIDE
+    count = min(int(area / pixel**2), np.count_nonzero(free))
     if count < 1:
         return np.full(field.shape, OUTSIDE)
-    return (field - np.partition(field.ravel(), -count)[-count]).astype(np.float32)
+    edge = np.partition(field.ravel(), -count)[-count]
+    return np.where(free, field - edge + 0.01, OUTSIDE).astype(np.float32)
 
 
 def _soft(field: np.ndarray, width: float) -> np.ndarray:
-    """A signed field (mm) as coverage 0 to 1, over an edge of `width` mm."""
+    """A shape as coverage, 0 to 1, over an edge of `width` mm."""
     return np.clip(field / np.float32(width) + np.float32(0.5), 0, 1)
 
 
@@ -482,25 +509,25 @@ def write_phantom(folder: Path, patients: int = 500, slices: int = 6, size: int 
     """Write `FOLDER/dicom/PATIENT/NN.dcm`, `FOLDER/masks/PATIENT/NN.png` (8-bit, 0 or 255) and `FOLDER/labels.csv`.
 
     The table has the columns file, label, patient_id, mask, with paths relative to FOLDER. It is written last, so
-    a folder without it is unfinished. Every run of six slices holds each class once. Returns the table's path.
-    Raises InputError for counts out of range.
+    a folder without it is unfinished. Every six slices in a row hold each class once. Returns the table's path.
+    Raises InputError for numbers out of range.
     """
     if patients < 1 or not 1 <= slices <= MAX_SLICES:
         raise InputError(f"a phantom of {patients} patients with {slices} slices; at least 1, and 1 to {MAX_SLICES}, are expected")
-    table = folder / "labels.csv"
+    _check(seed, patients - 1, slices - 1, size)
+    table, unfinished = folder / "labels.csv", folder / "labels.csv.unfinished"
     table.unlink(missing_ok=True)
     labels = _labels(seed, patients * slices)
     rows = [row for patient in range(patients) for row in _write_patient(folder, seed, patient, labels[patient * slices :][:slices], size)]
-    unfinished = folder / "labels.csv.unfinished"
     with unfinished.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([("file", "label", "patient_id", "mask"), *rows])
-    os.replace(unfinished, table)
+        csv.writer(file).writerows([("file", "label", "patient_id", "mask"), *rows])
+    unfinished.replace(table)
     return table
 
 
 def _labels(seed: int, count: int) -> list[str]:
-    rng = _rng(seed, 0, 0, 0, 0)
+    """Independent of everything else that is drawn from the seed."""
+    rng = _rng(seed, 0, 0, 1)
     return [CLASSES[k] for _ in range(0, count, len(CLASSES)) for k in rng.permutation(len(CLASSES))][:count]
 
 
@@ -530,7 +557,7 @@ def _header(seed: int, patient: int, name: str, size: int) -> "Dataset":
     meta.MediaStorageSOPClassUID = CTImageStorage
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     header = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
-    header.SOPClassUID = CTImageStorage
+    header.SOPClassUID, header.ImageType = CTImageStorage, ["DERIVED", "SECONDARY", "AXIAL"]
     header.PatientID, header.PatientName = name, "Phantom"
     header.StudyInstanceUID, header.SeriesInstanceUID = _uid(seed, patient, "study"), _uid(seed, patient, "series")
     header.FrameOfReferenceUID = _uid(seed, patient, "frame")
@@ -552,14 +579,14 @@ def _write_dicom(path: Path, header: "Dataset", hu: np.ndarray, head: Patient, i
     """`hu` `(size, size)` in whole HU; the header's per-slice elements are overwritten."""
     header.InstanceNumber = index + 1
     header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = _uid(header.SeriesInstanceUID, index)
-    edge = -head.field_of_view / 2
-    header.ImagePositionPatient = [f"{edge:.4f}", f"{edge:.4f}", f"{head.first_level + SLICE_STEP * index:.4f}"]
+    first = (head.field_of_view / hu.shape[1] - head.field_of_view) / 2
+    header.ImagePositionPatient = [f"{first:.4f}", f"{first:.4f}", f"{head.first_level + SLICE_STEP * index:.4f}"]
     stored = np.rint((hu - head.scanner.intercept) / head.scanner.slope)
     header.PixelData = stored.astype("<i2" if head.scanner.signed else "<u2").tobytes()
     header.save_as(path, enforce_file_format=True)
 
 
 def _uid(*key: int | str) -> str:
-    """The same key, the same UID: a UUID-derived one (2.25)."""
+    """The same key, the same UID."""
     digest = hashlib.sha256("/".join(map(str, ("medsd-phantom", *key))).encode()).digest()
     return f"2.25.{int.from_bytes(digest[:16], 'big')}"

@@ -58,6 +58,22 @@ def shift(images: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return images.movedim(1, -1)[index, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
+def augment(images: torch.Tensor, random_shift: int, generator: torch.Generator) -> torch.Tensor:
+    """Training images `(B, C, H, W)` moved at random by up to `random_shift` pixels each way."""
+    if random_shift == 0:
+        return images
+    return shift(images, torch.randint(-random_shift, random_shift + 1, (len(images), 2), generator=generator, device=images.device))
+
+
+def pixel_statistics(dataset: Any, intensity: IntensityMap, limit: int = 512) -> tuple[float, float]:
+    """Mean and standard deviation of up to `limit` images in `[-1, 1]`, evenly picked."""
+    picked = dataset[range(0, len(dataset), max(1, len(dataset) // limit))]["image"]
+    unit = torch.cat([to_unit(torch.from_numpy(image.astype(np.float32)), intensity).flatten() for image in picked])
+    if unit.std() == 0:
+        raise InputError("every pixel of the training images is the same in [-1, 1]: check --windows")
+    return unit.mean().item(), unit.std().item()
+
+
 def to_unit(images: torch.Tensor, intensity: IntensityMap) -> torch.Tensor:
     """Source integers `(B, C, H, W)` -> float32 `[-1, 1]`."""
     return intensity.to_unit(images.float())

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -26,12 +26,22 @@ from medsd.errors import InputError
 from medsd.inference import folder as folders
 from medsd.inference.folder import PipelineInfo
 from medsd.inference.likelihood import Calibration, fit_calibration, make_plan, posterior, score_classes
-from medsd.models.codec import Codec, KLCodec, build_codec
-from medsd.models.conditioning import add_class_tokens, encode, set_embeddings, tokenize
+from medsd.models.codec import Codec, KLCodec, PixelCodec, build_codec
+from medsd.models.conditioning import add_class_tokens, build_text_encoder, build_tokenizer, encode, set_embeddings, tokenize
 from medsd.models.lora import lora_layers
-from medsd.models.unet import check_side
+from medsd.models.presets import PRESETS
+from medsd.models.unet import build_unet, check_side
 
 ENCODE_BATCH = 32
+SD_SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+"""Stable Diffusion's noise schedule; with other offsets plain diffusers would change it on loading."""
 FOREIGN_DATA = {"intensity": Range(0.0, 255.0).to_dict(), "resize": "pad", "image_channels": 3, "unit": "grey value", "fingerprint": ""}
 
 
@@ -116,6 +126,15 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         tokenize(self.tokenizer, data.prompts)
         self.unet.register_to_config(sample_size=data.resolution // codec.factor)
         self.info = replace(self.info, data=data, codec=codec.to_dict(), calibration=None)
+
+    def change_schedule(self, **changes: str | None) -> None:
+        """Replace settings of the noise schedule (`prediction_type`, `beta_schedule`); None keeps one."""
+        wanted = {name: value for name, value in changes.items() if value is not None}
+        self.scheduler = type(self.scheduler).from_config(self.scheduler.config, **wanted)
+
+    def record_base(self, base: str, revision: str | None, run: Path) -> None:
+        """Note the model that this pipeline's adapters, soon saved in `run`, belong to."""
+        self.info = replace(self.info, base=folders.describe_base(base, revision, run))
 
     # Generation
 
@@ -274,6 +293,26 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
     # Folders
 
     @classmethod
+    def from_preset(
+        cls, name: str, data: DataInfo, vae: Any = None, pixel_factor: int = 4, pixel_mean: float = 0.0, pixel_std: float = 1.0
+    ) -> "MedSDPipeline":
+        """A model with random weights for `data`, in the latents of `vae` or in pixels; the mean and standard deviation are those of its images in `[-1, 1]`."""
+        preset = PRESETS[name]
+        codec = PixelCodec(data.channels, pixel_factor, pixel_mean, pixel_std) if vae is None else KLCodec(vae, data.channels)
+        if data.resolution % codec.factor:
+            raise InputError(f"images of {data.resolution} px do not divide by {codec.factor}: change --pixel_factor or prepare another --resolution")
+        tokenizer = build_tokenizer([prompt.replace(token, "") for prompt, token in zip(data.prompts, data.class_tokens, strict=False)], preset.text_tokens)
+        pipe = cls(
+            vae=vae,
+            text_encoder=build_text_encoder(preset, tokenizer),
+            tokenizer=tokenizer,
+            unet=build_unet(preset, codec.latent_channels, data.resolution // codec.factor),
+            scheduler=DDIMScheduler(**SD_SCHEDULE),
+        )
+        pipe.info = PipelineInfo(codec=codec.to_dict())
+        return pipe
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "MedSDPipeline":
         """A pipeline folder of medsd (LoRA included), a Hub id, or any Stable Diffusion 1.x / 2.x folder; safetensors only.
 
@@ -337,6 +376,15 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
     def push_to_hub(self, repo_id: str, private: bool = True, revision: str | None = None, **options: Any) -> str:
         """Save to a temporary folder and upload it; returns the repository's address."""
         return folders.push(self.save_pretrained, repo_id, private, revision, **options)
+
+
+def load_vae(name: str) -> AutoencoderKL:
+    """An `AutoencoderKL` from its own folder or Hub id, or from a pipeline folder's `vae/`."""
+    subfolder = "vae" if (Path(name) / "vae").is_dir() else None
+    try:
+        return AutoencoderKL.from_pretrained(name, subfolder=subfolder, use_safetensors=True)
+    except OSError as error:
+        raise InputError(f"--vae {name}: no AutoencoderKL with safetensors weights there ({str(error).splitlines()[0]})") from error
 
 
 def picture(unit: torch.Tensor) -> Image.Image:

@@ -80,11 +80,19 @@ def encode(text_encoder: Any, ids: torch.Tensor) -> torch.Tensor:
     return text_encoder(ids)[0]
 
 
-def train_only_tokens(text_encoder: CLIPTextModel, token_ids: Sequence[int]) -> torch.nn.Parameter:
-    """Freeze the text encoder but for these rows of its embedding; returns the embedding, whose other rows get no gradient."""
+def drop_prompts(labels: torch.Tensor, empty: int, proportion: float, generator: torch.Generator) -> torch.Tensor:
+    """Prompt number `(B,)` of each label, `proportion` of them replaced by the `empty` one (Ho & Salimans, 2022)."""
+    dropped = torch.rand(labels.shape, generator=generator, device=labels.device) < proportion
+    return torch.where(dropped, empty, labels.clamp(max=empty))
+
+
+def train_only_tokens(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, tokens: Sequence[str]) -> bool:
+    """Freeze the text encoder but for the embeddings of `tokens`; returns whether there are any."""
     text_encoder.requires_grad_(False)
+    if not tokens:
+        return False
     weight = text_encoder.get_input_embeddings().weight.requires_grad_(True)
     learns = torch.zeros(len(weight), 1)
-    learns[list(token_ids)] = 1
+    learns[tokenizer.convert_tokens_to_ids(list(tokens))] = 1
     weight.register_hook(lambda gradient: gradient * learns.to(gradient))
-    return weight
+    return True

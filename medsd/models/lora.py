@@ -2,17 +2,23 @@
 
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 
+FROZEN_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Mixed precision -> what frozen weights are kept in while adapters train."""
 ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def add_lora(unet: UNet2DConditionModel, rank: int, alpha: int | None) -> None:
-    """Freeze the UNet and add trainable adapters of scale alpha/rank to its attention layers (Hu et al., 2021)."""
+def add_lora(unet: UNet2DConditionModel, rank: int, alpha: int | None, frozen_dtype: torch.dtype) -> None:
+    """Freeze the UNet, in `frozen_dtype`, and add trainable float32 adapters of scale alpha/rank to its attention layers (Hu et al., 2021)."""
     from peft import LoraConfig
 
-    unet.requires_grad_(False)
+    unet.requires_grad_(False).to(frozen_dtype)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=ATTENTION_LAYERS))
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def lora_layers(unet: UNet2DConditionModel) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,14 +19,12 @@ from medsd.errors import InputError
 
 
 class TrainState:
-    """Trained parameters by name, their moving average, the optimizer and the learning-rate schedule.
+    """Trained parameters by name, their moving average, the optimizer and the learning-rate schedule."""
 
-    Args:
-        modules: name -> module; its parameters that require a gradient are the trained ones.
-    """
-
-    def __init__(self, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, schedule: Any, ema_decay: float | None) -> None:
-        self.parameters = trained_parameters(modules)
+    def __init__(
+        self, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, schedule: Any, ema_decay: float | None
+    ) -> None:
+        self.parameters = parameters
         self.optimizer, self.schedule = optimizer, schedule
         self.ema = EMAModel(self.parameters.values(), decay=ema_decay) if ema_decay is not None else None
 
@@ -47,6 +45,11 @@ class TrainState:
             yield
         finally:
             self.ema.restore(self.parameters.values())
+
+    def adopt_average(self) -> None:
+        """For good: the modules' weights become the averaged ones."""
+        if self.ema is not None:
+            self.ema.copy_to(self.parameters.values())
 
     def save(self, run: Path, step: int, limit: int | None) -> None:
         """Write `run/checkpoint-STEP`, then remove the oldest beyond `limit`."""

@@ -19,7 +19,7 @@ QUICK_PAIRS = 8
 class HeldOut:
     """A fixed, class-balanced handful of validation images, encoded once."""
 
-    def __init__(self, pipe: MedSDPipeline, rows: Any, limit: int, seed: int = 0) -> None:
+    def __init__(self, pipe: MedSDPipeline, rows: Any, limit: int = 96, seed: int = 0) -> None:
         labels = np.asarray(rows["label"]) if len(rows) else np.empty(0, dtype=int)
         chosen = _balanced(labels, limit, seed)
         self.pipe, self.seed = pipe, seed

@@ -1,0 +1,161 @@
+"""Score the class likelihoods of a data set with a diffusion model, calibrate them on the validation split, and measure them.
+
+    python recipes/classify.py
+    python recipes/classify.py --pipeline runs/pneumoniamnist/unet --dataset_name runs/pneumoniamnist/data
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medsd.config import ClassifyConfig, run
+from medsd.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from medsd.inference.pipeline import ClassifyOutput, MedSDPipeline
+
+
+def main(config: ClassifyConfig) -> None:
+    """Calibrate, score, measure, write."""
+    from accelerate import Accelerator
+
+    from medsd.data.dataset import load_info
+    from medsd.data.prepare import check_free
+    from medsd.inference.pipeline import MedSDPipeline
+    from medsd.training.setup import quiet_libraries
+
+    quiet_libraries()
+    output_dir = Path(config.output_dir)
+    check_free(output_dir, config.overwrite)
+    pipe = MedSDPipeline.from_pretrained(config.pipeline).to(Accelerator().device)
+    classes = load_info(config.dataset_name).class_names
+    if not set(classes) & set(pipe.class_names):
+        raise InputError(f"{config.dataset_name} has the classes {classes}, {config.pipeline} knows {pipe.class_names}: none in common")
+    if config.calibrate == "validation":
+        calibrate(config, pipe)
+    rows, labels = labelled_rows(config, pipe, config.split)
+    started = time.perf_counter()
+    output = score(config, pipe, rows["image"], config.mode, config.split, class_prior(config, pipe))
+    seconds = (time.perf_counter() - started) / len(rows)
+    metrics = measure(pipe, output, labels, rows["patient_id"]) | {"rows_per_image": float(output.rows.mean()), "seconds_per_image": seconds}
+    write(output_dir, config, pipe, output, rows, labels, metrics)
+    say(metrics, output, output_dir)
+
+
+def labelled_rows(config: ClassifyConfig, pipe: "MedSDPipeline", split: str) -> "tuple[Any, np.ndarray]":
+    """Rows of a split, and each one's class index in the pipeline's order (-1 for a class that it does not know)."""
+    import numpy as np
+
+    from medsd.data.dataset import load_dataset
+
+    rows = load_dataset(config.dataset_name, split)
+    if config.max_samples and config.max_samples < len(rows):
+        rows = rows.select(np.sort(np.random.default_rng(config.seed).permutation(len(rows))[: config.max_samples]))
+    names = rows.features["label"].names
+    order = np.array([pipe.class_names.index(name) if name in pipe.class_names else -1 for name in names])
+    return rows, order[np.asarray(rows["label"])]
+
+
+def score(config: ClassifyConfig, pipe: "MedSDPipeline", images: Any, mode: str, what: str, prior: Any = None) -> "ClassifyOutput":
+    """Class likelihoods of `images`, behind a progress bar that counts UNet rows."""
+    from tqdm import tqdm
+
+    most = len(images) * len(pipe.class_names) * config.max_pairs
+    with tqdm(total=most, desc=f"scoring {what}", unit="row", smoothing=0.05) as bar:
+        return pipe.classify(
+            list(images),
+            mode=mode,
+            weighting=config.weighting,
+            max_pairs=config.max_pairs,
+            delta=config.delta,
+            prior=prior,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            progress=bar.update,
+        )
+
+
+def calibrate(config: ClassifyConfig, pipe: "MedSDPipeline") -> None:
+    """Fit temperature and class bias on the validation split; a local pipeline trained on this very data keeps them."""
+    from tqdm import tqdm
+
+    from medsd.data.dataset import available_splits, load_info
+    from medsd.inference.folder import write_info
+
+    if config.weighting == "elbo":
+        return
+    if "validation" not in available_splits(config.dataset_name):
+        raise InputError(f"{config.dataset_name} has no validation split to calibrate on: add --calibrate none")
+    rows, labels = labelled_rows(config, pipe, "validation")
+    known = [index for index, label in enumerate(labels) if label >= 0]
+    images = rows.select(known)["image"]
+    with tqdm(total=len(known) * len(pipe.class_names) * config.max_pairs, desc="scoring validation", unit="row", smoothing=0.05) as bar:
+        pipe.calibrate(
+            list(images), labels[known], max_pairs=config.max_pairs, batch_size=config.batch_size, seed=config.seed, progress=bar.update
+        )
+    if Path(config.pipeline).is_dir() and load_info(config.dataset_name).fingerprint == pipe.data.fingerprint:
+        write_info(Path(config.pipeline), pipe.info)
+
+
+def class_prior(config: ClassifyConfig, pipe: "MedSDPipeline") -> "np.ndarray | None":
+    """Class frequencies of the training split, or None for a uniform prior."""
+    import numpy as np
+
+    if config.prior == "uniform":
+        return None
+    _, labels = labelled_rows(config, pipe, "train")
+    counts = np.bincount(labels[labels >= 0], minlength=len(pipe.class_names))
+    return counts / counts.sum()
+
+
+def measure(pipe: "MedSDPipeline", output: "ClassifyOutput", labels: "np.ndarray", patients: Any) -> dict[str, Any]:
+    """`metrics.json` over the rows whose class the pipeline knows."""
+    import numpy as np
+
+    from medsd.evaluation.classification import classification_metrics
+
+    known = np.flatnonzero(labels >= 0)
+    metrics = classification_metrics(output.probabilities[known], labels[known], pipe.class_names, [patients[int(i)] for i in known])
+    return metrics | {"calibrated": output.calibrated}
+
+
+def write(output_dir: Path, config: ClassifyConfig, pipe: "MedSDPipeline", output: "ClassifyOutput", rows: Any, labels: "np.ndarray", metrics: dict[str, Any]) -> None:
+    """`likelihoods.parquet`, then `metrics.json`, which a finished folder has."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {
+        "key": rows["key"],
+        "patient_id": rows["patient_id"],
+        "label": [pipe.class_names[label] if label >= 0 else None for label in labels],
+        "prediction": output.predictions,
+        "pairs": output.pairs.max(1),
+        "rows": output.rows,
+    }
+    for prefix, values in {"loglik": output.log_likelihoods, "se": output.standard_errors, "prob": output.probabilities}.items():
+        columns |= {f"{prefix}/{name}": values[:, index] for index, name in enumerate(pipe.class_names)}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({name: list(values) for name, values in columns.items()}), output_dir / "likelihoods.parquet")
+    partial = output_dir / ".metrics.json.partial"
+    partial.write_text(json.dumps(metrics, indent=2) + "\n")
+    os.replace(partial, output_dir / "metrics.json")
+
+
+def say(metrics: dict[str, Any], output: "ClassifyOutput", output_dir: Path) -> None:
+    """The figures that matter, with their intervals."""
+    print(f"{metrics['n']} images, {metrics['rows_per_image']:.0f} UNet rows and {metrics['seconds_per_image']:.2f} s an image")
+    for name in ("auroc", "balanced_accuracy", "accuracy", "ece", "nll"):
+        interval = metrics[f"{name}_ci"]
+        shown = "" if interval is None else f"  [{interval[0]:.3f}, {interval[1]:.3f}]"
+        beside = f"  (a perfectly calibrated model: {metrics['ece_floor']:.3f})" if name == "ece" else ""
+        value = metrics[name]
+        print(f"{name:<18} " + (f"{value:.3f}{shown}{beside}" if value is not None else f"none: {metrics['reasons'][name]}"))
+    print(f"scores in {output_dir}" + ("" if output.calibrated else " (not calibrated: probabilities are far too sure)"))
+
+
+if __name__ == "__main__":
+    run(main, ClassifyConfig)

@@ -1,0 +1,31 @@
+"""Shared fixtures: a small phantom prepared once, and the folder of real images where there is one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def phantom_data(tmp_path_factory):
+    """A prepared phantom: 30 patients, 32 px."""
+    from medsd.data.phantom import write_phantom
+    from medsd.data.prepare import PrepareOptions, prepare_phantom
+
+    folder = tmp_path_factory.mktemp("phantom")
+    write_phantom(folder / "phantom_dicom", patients=30, slices=6, size=64)
+    prepare_phantom(folder / "data", PrepareOptions(resolution=32, num_workers=1))
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """Folder of real images, named by MEDSD_TEST_DATA."""
+    folder = os.environ.get("MEDSD_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("MEDSD_TEST_DATA names no folder of real images")
+    return Path(folder)

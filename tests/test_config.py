@@ -1,0 +1,119 @@
+"""Flags, YAML sections, folder chain and exit codes."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from medsd.config import RECIPES, ClassifyConfig, FinetuneUNetConfig, GenerateConfig, PrepareDataConfig, parse, run
+from medsd.errors import InputError
+from tests.conftest import REPOSITORY
+
+
+def write(folder, text, name="scan.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_bare_booleans_lists_and_underscores():
+    config = parse(PrepareDataConfig, ["--windows", "brain", "subdural", "--overwrite", "--split_fractions", "0.5", "0.25", "0.25"])
+    assert config.windows == ("brain", "subdural") and config.overwrite and config.split_fractions == (0.5, 0.25, 0.25)
+    assert not parse(FinetuneUNetConfig, ["--no_use_ema"]).use_ema
+
+
+def test_folders_are_a_chain_without_flags():
+    assert PrepareDataConfig().output_dir == FinetuneUNetConfig().dataset_name == ClassifyConfig().dataset_name == "runs/phantom/data"
+    assert FinetuneUNetConfig().output_dir == GenerateConfig().pipeline == ClassifyConfig().pipeline == "runs/phantom/unet"
+
+
+def test_a_yaml_names_the_chain_and_flags_win(tmp_path):
+    path = write(tmp_path, "finetune_unet:\n  preset: small\n  train_batch_size: 8\n  learning_rate: 1.0e-4\n")
+    config = parse(FinetuneUNetConfig, ["--config", path, "--train_batch_size", "4"])
+    assert (config.preset, config.train_batch_size, config.learning_rate) == ("small", 4, 1e-4)
+    assert config.dataset_name == "runs/scan/data" and config.output_dir == "runs/scan/unet"
+    assert parse(ClassifyConfig, [f"--config={path}"]).output_dir == "runs/scan/scores"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("finetune_unets: {}\n", "unknown section"),
+        ("finetune_unet:\n  train_batch: 8\n", "train_batch"),
+        ("finetune_unet:\n  train_batch_size: many\n", "train_batch_size"),
+        ("- a\n", "unknown section"),
+        ("finetune_unet: [1]\n", "finetune_unet"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_a_wrong_yaml_is_refused(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        parse(FinetuneUNetConfig, ["--config", write(tmp_path, text)])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "message"),
+    [
+        (FinetuneUNetConfig, {"preset": "tiny", "pretrained_model_name_or_path": "x"}, "--preset"),
+        (FinetuneUNetConfig, {"preset": "tiny", "rank": 4}, "--rank"),
+        (FinetuneUNetConfig, {"push_to_hub": True}, "--hub_model_id"),
+        (FinetuneUNetConfig, {"codec": "kl"}, "--vae"),
+        (FinetuneUNetConfig, {"proportion_empty_prompts": 1.5}, "--proportion_empty_prompts"),
+        (PrepareDataConfig, {"source": "images"}, "--data_dir"),
+        (PrepareDataConfig, {"prompt_template": "a scan"}, "{label}"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(recipe, flags, message):
+    with pytest.raises(InputError, match=message):
+        recipe(**flags)
+
+
+@pytest.mark.parametrize(
+    ("argv", "error", "code"),
+    [
+        (["--no_such_flag"], None, 2),
+        (["--config", "nowhere.yaml"], None, 2),
+        (["--preset", "tiny", "--pretrained_model_name_or_path", "x"], None, 2),
+        ([], InputError("mend me"), 1),
+        ([], OSError("disk full"), 1),
+        ([], KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(monkeypatch, capsys, argv, error, code):
+    def main(config):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *argv])
+    with pytest.raises(SystemExit) as stopped:
+        run(main, FinetuneUNetConfig)
+    assert stopped.value.code == code
+    if isinstance(error, Exception):
+        assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    def main(config):
+        raise InputError("mend me")
+
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    monkeypatch.setenv("MEDSD_DEBUG", "1")
+    with pytest.raises(InputError):
+        run(main, FinetuneUNetConfig)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.section)
+def test_help_is_quick_and_names_every_flag(recipe):
+    from dataclasses import fields
+
+    started = time.perf_counter()
+    answer = subprocess.run([sys.executable, f"recipes/{recipe.section}.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - started < 3
+    assert all(f"--{field.name}" in answer.stdout for field in fields(recipe))
+    assert "--config" in answer.stdout
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; sys.argv = ['x', '--help']; sys.path.insert(0, 'recipes')\ntry:\n    import finetune_unet\n    finetune_unet.run(finetune_unet.main, finetune_unet.FinetuneUNetConfig)\nexcept SystemExit:\n    pass\nprint('HEAVY', [m for m in ('torch', 'numpy', 'diffusers', 'datasets') if m in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert "HEAVY []" in answer.stdout
