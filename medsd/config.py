@@ -68,7 +68,7 @@ class PrepareDataConfig(RecipeConfig):
     resize: Literal["pad", "crop", "stretch"] = "pad"
     """How an image that is not square becomes square."""
     windows: tuple[str, ...] | None = None
-    """CT windows, one channel each: brain, subdural, bone, lung, abdomen, or CENTRE/WIDTH in HU. Default for CT: brain subdural bone (phantom: brain)."""
+    """CT windows, one channel each: brain, subdural, bone, lung, abdomen, or CENTRE/WIDTH in HU. Default for CT: brain subdural bone (phantom: 50/130)."""
     prompt_template: str | None = None
     """Sentence around the class, with {label} in it. Default: "a head CT with {label}" for the phantom, else "a medical image of {label}"."""
     duplicates: Literal["refuse", "drop", "keep"] = "refuse"
@@ -100,13 +100,13 @@ class TrainingConfig(RecipeConfig):
 
     dataset_name: str = "runs/{name}/data"
     """Prepared data folder or Hub id."""
-    train_batch_size: int = 32
+    train_batch_size: int = 16
     """Images per device and micro-batch."""
-    max_train_steps: int = 1000
+    max_train_steps: int = 4000
     """Optimizer updates."""
     learning_rate: float | None = None
     """Peak learning rate. Default: 1e-3 from a preset, 1e-4 for LoRA, 1e-5 when a pretrained model is trained in full."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls after the warm-up."""
     lr_warmup_steps: int = 100
     """Optimizer updates over which the learning rate rises."""
@@ -130,9 +130,9 @@ class TrainingConfig(RecipeConfig):
     """Train on at most this many images."""
     seed: int = 0
     """Seed of weights, order, noise and timesteps."""
-    validation_steps: int = 500
+    validation_steps: int = 1000
     """Updates between two looks at held-out loss, quick AUROC and previews."""
-    checkpointing_steps: int = 500
+    checkpointing_steps: int = 1000
     """Updates between two checkpoints."""
     checkpoints_total_limit: int | None = 2
     """Checkpoints kept; the oldest go first."""
@@ -140,7 +140,7 @@ class TrainingConfig(RecipeConfig):
     """A checkpoint folder, or latest (starts anew where there is none)."""
     overwrite: bool = False
     """Replace what is already in output_dir."""
-    logging_steps: int = 20
+    logging_steps: int = 50
     """Updates between two lines of metrics.jsonl."""
     report_to: Literal["tensorboard", "none"] = "tensorboard"
     """Where curves and previews go, beside metrics.jsonl."""
@@ -208,18 +208,47 @@ class FinetuneUNetConfig(TrainingConfig):
         super().__post_init__()
         if self.pretrained_model_name_or_path and self.preset:
             raise InputError("--pretrained_model_name_or_path and --preset exclude each other: drop one")
-        if self.preset and self.rank:
-            raise InputError("--rank adapts a pretrained model: give --pretrained_model_name_or_path instead of --preset")
-        if self.codec == "kl" and self.preset and self.vae is None:
-            raise InputError("--codec kl with --preset needs --vae FOLDER")
+        if self.rank and self.pretrained_model_name_or_path is None:
+            raise InputError("--rank adapts a pretrained model: give --pretrained_model_name_or_path")
+        if self.codec == "kl" and self.pretrained_model_name_or_path is None and self.vae is None:
+            raise InputError("--codec kl from a preset needs --vae FOLDER")
         if self.codec == "pixels" and (self.vae or self.pretrained_model_name_or_path):
             raise InputError("--codec pixels is for a --preset without --vae; a pretrained model keeps its own codec")
-        lost = ["train_text_encoder", "vae", "prediction_type", "beta_schedule"]
+        lost = ["train_text_encoder", "prediction_type", "beta_schedule"]
         for field in lost if self.rank else []:
             if getattr(self, field):
                 raise InputError(f"--{field} cannot go with --rank: a LoRA run keeps its base's own")
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise InputError(f"--proportion_empty_prompts {self.proportion_empty_prompts} is not within 0 and 1")
+
+
+@dataclass
+class FinetuneVAEConfig(TrainingConfig):
+    """Fine-tune an AutoencoderKL, or train one from a preset."""
+
+    section: ClassVar[str] = "finetune_vae"
+
+    output_dir: str = "runs/{name}/vae"
+    """Folder of the autoencoder that comes out."""
+    pretrained_model_name_or_path: str | None = None
+    """Folder or Hub id to start from: an AutoencoderKL, or a pipeline that has one."""
+    preset: Literal["tiny", "small", "sd15"] | None = None
+    """Size of an autoencoder that starts from random weights. Default without a pretrained one: tiny."""
+    loss_type: Literal["l1", "l2", "huber"] = "l1"
+    """Element-wise loss of the reconstruction."""
+    kl_weight: float = 1e-6
+    """Weight of the posterior's KL divergence, nats per latent element."""
+    decoder_only: bool = False
+    """Train the decoder alone, so that latents keep their meaning for a pretrained UNet."""
+    random_shift: int = 0
+    """Augmentation: move training images by up to this many pixels."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pretrained_model_name_or_path and self.preset:
+            raise InputError("--pretrained_model_name_or_path and --preset exclude each other: drop one")
+        if self.decoder_only and self.pretrained_model_name_or_path is None:
+            raise InputError("--decoder_only keeps a pretrained encoder: give --pretrained_model_name_or_path")
 
 
 @dataclass
@@ -286,7 +315,7 @@ class ClassifyConfig(RecipeConfig):
     """Replace what is already in output_dir."""
 
 
-RECIPES: tuple[type[RecipeConfig], ...] = (PrepareDataConfig, FinetuneUNetConfig, GenerateConfig, ClassifyConfig)
+RECIPES: tuple[type[RecipeConfig], ...] = (PrepareDataConfig, FinetuneVAEConfig, FinetuneUNetConfig, GenerateConfig, ClassifyConfig)
 
 
 Config = TypeVar("Config", bound=RecipeConfig)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from medsd.data.dataset import DataInfo
     from medsd.inference.pipeline import MedSDPipeline
+    from medsd.training.preview import HeldOut
     from medsd.training.record import RunRecord
 
 
@@ -60,13 +61,14 @@ def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeli
     """The model to start from, on the CPU, with the data's classes, intensity map and resolution."""
     from medsd.data.dataset import load_dataset
     from medsd.data.transforms import pixel_statistics
-    from medsd.inference.pipeline import MedSDPipeline, load_vae
+    from medsd.inference.pipeline import MedSDPipeline
+    from medsd.models.codec import load_vae
 
     vae = load_vae(config.vae) if config.vae else None
     if config.pretrained_model_name_or_path is not None:
         pipe = MedSDPipeline.from_pretrained(config.pretrained_model_name_or_path, revision=config.revision)
         if vae is not None:
-            pipe.register_modules(vae=vae)
+            pipe.replace_vae(vae)
     else:
         mean, std = pixel_statistics(load_dataset(config.dataset_name, "train"), info.intensity_map)
         pipe = MedSDPipeline.from_preset(config.preset or "tiny", info, vae, config.pixel_factor, mean, std)
@@ -104,101 +106,83 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
     import torch
     from tqdm import tqdm
 
-    from medsd.data.dataset import available_splits, load_dataset
-    from medsd.data.transforms import TrainingOrder, augment, to_unit, training_loader
+    from medsd.data.dataset import load_dataset
+    from medsd.data.transforms import augment, first_rows, to_unit
     from medsd.models.conditioning import drop_prompts, encode, tokenize
     from medsd.models.unet import attention_kernel, enable_xformers
     from medsd.objectives.diffusion import denoising_error, min_snr_weight, sample_timesteps
-    from medsd.training.checkpoint import TrainState, find_checkpoint, trained_parameters
-    from medsd.training.preview import HeldOut, preview
-    from medsd.training.setup import build_optimizer, build_schedule, draws
+    from medsd.training.checkpoint import find_checkpoint
+    from medsd.training.preview import HeldOut
+    from medsd.training.setup import batches, start
 
-    output_dir, device = Path(config.output_dir), accelerator.device
+    output_dir = Path(config.output_dir)
     modules = choose_trained(config, pipe)
     if config.enable_xformers_memory_efficient_attention:
         enable_xformers(pipe.unet)
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-    pipe.to(device)
-    parameters = trained_parameters(modules)
-    optimizer = build_optimizer(parameters.values(), config.learning_rate or default_learning_rate(config), config.use_8bit_adam)
-    lr_schedule = build_schedule(optimizer, config.lr_scheduler, config.lr_warmup_steps, config.max_train_steps)
-    state = TrainState(parameters, optimizer, lr_schedule, ema_decay=0.999 if config.use_ema else None)
-    checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
-    first = state.load(checkpoint) if checkpoint else 0
-    networks = {name: accelerator.prepare(module) for name, module in modules.items()}
-    unet, text_encoder = networks["unet"], networks.get("text_encoder", pipe.text_encoder)
-    optimizer = accelerator.prepare(optimizer)
-
-    rows = load_dataset(config.dataset_name, "train")
-    rows = rows.select(range(min(len(rows), config.max_train_samples or len(rows))))
-    order = TrainingOrder(
-        rows["label"],
-        config.train_batch_size,
-        config.class_sampling,
-        config.seed,
-        start=first * config.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+    pipe.to(accelerator.device)
+    state, networks, done = start(
+        accelerator,
+        modules,
+        config.learning_rate or default_learning_rate(config),
+        config.use_8bit_adam,
+        config.lr_scheduler,
+        config.lr_warmup_steps,
+        config.max_train_steps,
+        config.use_ema,
+        find_checkpoint(output_dir, config.resume_from_checkpoint),
     )
-    batches = iter(training_loader(rows, order, config.dataloader_num_workers))
-    has_validation = "validation" in available_splits(config.dataset_name)
-    held_out = HeldOut(pipe, load_dataset(config.dataset_name, "validation")) if has_validation else None
+    unet, text_encoder = networks["unet"], networks.get("text_encoder", pipe.text_encoder)
     codec, schedule, intensity = pipe.codec, pipe.noise_schedule, pipe.data.intensity_map
-    prompt_ids = tokenize(pipe.tokenizer, [*pipe.data.prompts, ""]).to(device)
-    record.environment(device=str(device), attention=attention_kernel(pipe.unet), trained_parameters=sum(p.numel() for p in parameters.values()))
+    prompt_ids = tokenize(pipe.tokenizer, [*pipe.data.prompts, ""]).to(accelerator.device)
+    rows = first_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples)
+    stream = batches(accelerator, rows, config.train_batch_size, config.class_sampling, config.seed, done, config.dataloader_num_workers)
+    held_out = HeldOut(pipe, config.dataset_name)
+    record.environment(device=str(accelerator.device), attention=attention_kernel(pipe.unet), trained_parameters=state.size)
 
-    for module in networks.values():
-        module.train()
-    bar = tqdm(range(first, config.max_train_steps), initial=first, total=config.max_train_steps, disable=not accelerator.is_main_process)
+    bar = tqdm(range(done + 1, config.max_train_steps + 1), initial=done, total=config.max_train_steps, disable=not accelerator.is_main_process)
     for step in bar:
         # The training step.
-        for micro in range(config.gradient_accumulation_steps):
-            batch = next(batches)
-            generator = draws(config.seed, step * config.gradient_accumulation_steps + micro, accelerator.process_index, device)
+        for _ in range(config.gradient_accumulation_steps):
+            batch, generator = next(stream)
             with accelerator.accumulate(*networks.values()):
-                images = augment(to_unit(batch["images"].to(device), intensity), config.random_shift, generator)
+                images = augment(to_unit(batch["images"], intensity), config.random_shift, generator)
                 latents = codec.encode(images, generator)
-                noise = torch.randn(latents.shape, generator=generator, device=device)
+                noise = torch.randn(latents.shape, generator=generator, device=latents.device)
                 timesteps = sample_timesteps(len(latents), schedule, generator)
-                prompts = drop_prompts(batch["labels"].to(device), len(prompt_ids) - 1, config.proportion_empty_prompts, generator)
+                prompts = drop_prompts(batch["labels"], len(prompt_ids) - 1, config.proportion_empty_prompts, generator)
                 condition = encode(text_encoder, prompt_ids)[prompts]
                 error = denoising_error(unet, schedule, latents, noise, timesteps, condition, config.loss_type)
                 loss = (min_snr_weight(schedule, timesteps, config.snr_gamma) * error).mean()
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(list(parameters.values()), config.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        lr_schedule.step()
-        state.update_average()
+                state.learn(accelerator, loss, config.max_grad_norm)
+        state.finish_update()
 
-        done = step + 1
-        if done % config.logging_steps == 0 or done == config.max_train_steps:
-            numbers = {"loss": loss.item(), "learning_rate": lr_schedule.get_last_lr()[0]}
-            record.log(done, **numbers)
-            bar.set_postfix(loss=f"{numbers['loss']:.4f}")
-        if not accelerator.is_main_process:
-            continue
-        if done % config.validation_steps == 0 or done == config.max_train_steps:
+        # What happens once in a while.
+        last = step == config.max_train_steps
+        if step % config.logging_steps == 0 or last:
+            record.log(step, loss=loss.item(), learning_rate=state.learning_rate)
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+        if (step % config.validation_steps == 0 or last) and accelerator.is_main_process:
             with state.averaged(), accelerator.autocast():
-                look(held_out, preview(pipe), record, done, bar.write)
-        if done % config.checkpointing_steps == 0:
-            state.save(output_dir, done, config.checkpoints_total_limit)
+                look(held_out, record, step, bar.write)
+        if (step % config.checkpointing_steps == 0 or last) and accelerator.is_main_process:
+            state.save(output_dir, step, config.checkpoints_total_limit)
 
     accelerator.wait_for_everyone()
+    state.adopt_average()
     if accelerator.is_main_process:
-        state.adopt_average()
         pipe.save_pretrained(output_dir)
     accelerator.print(f"pipeline in {output_dir}, pictures in {output_dir / 'preview.png'}")
 
 
-def look(held_out: Any, picture: Any, record: "RunRecord", step: int, write: Any) -> None:
+def look(held_out: "HeldOut", record: "RunRecord", step: int, write: Any) -> None:
     """Held-out loss, quick AUROC and a preview."""
-    numbers = {} if held_out is None else {"validation_loss": held_out.loss(), "validation_auroc": held_out.auroc()}
-    numbers = {name: value for name, value in numbers.items() if value is not None}
+    from medsd.training.preview import preview
+
+    numbers = held_out.numbers()
     record.log(step, **numbers)
-    record.picture(step, "preview", picture)
+    record.picture(step, "preview", preview(held_out.pipe))
     write(f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items()))
 
 

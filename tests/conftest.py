@@ -1,6 +1,7 @@
 """Shared fixtures: a small phantom prepared once, and the folder of real images where there is one."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,15 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Each test may choose its own precision, as each process of a user does."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+        sys.modules["accelerate.state"].GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")

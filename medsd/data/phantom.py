@@ -29,9 +29,9 @@ CLASSES: tuple[str, ...] = ("normal", "epidural", "subdural", "subarachnoid", "i
 MAX_SLICES = 12
 SLICE_STEP = 6.0
 """Distance of two slices, mm."""
-BLEED_AREA = (540.0, 940.0)
+BLEED_AREA = (580.0, 980.0)
 """Range of the area of the bleed, mm2; in `normal` a second bleed of the scalp covers it."""
-SCALP_BLEED_AREA = (100.0, 1100.0)
+SCALP_BLEED_AREA = (100.0, 1150.0)
 BLOOD_HU = (57.0, 75.0)
 FADING_AREA = (200.0, 600.0)
 """Range of the area over which a bleed fades into its surroundings, mm2: short outlines are softer than long ones."""
@@ -162,10 +162,10 @@ def _patient(seed: int, patient: int) -> Patient:
     white = rng.uniform(24, 32)
     return Patient(
         scanner=SCANNERS[rng.integers(len(SCANNERS))],
-        field_of_view=rng.uniform(212, 236),
-        centre=rng.uniform(-5, 5, 2),
-        tilt=np.deg2rad(rng.uniform(-15, 15)),
-        half_axes=rng.uniform(0.85, 1.06) * np.array([rng.uniform(61, 68), rng.uniform(75, 85)]),
+        field_of_view=rng.uniform(205, 225),
+        centre=rng.uniform(-4, 4, 2),
+        tilt=np.deg2rad(rng.uniform(-8, 8)),
+        half_axes=rng.uniform(0.95, 1.05) * np.array([rng.uniform(62, 68), rng.uniform(77, 84)]),
         squareness=rng.uniform(2.0, 2.5),
         bumps=rng.normal(0, [0.02, 0.02, 0.012, 0.012]),
         skull=rng.uniform(4.5, 9),
@@ -296,14 +296,13 @@ def _crescent(anatomy: Anatomy, away: np.ndarray, area: float, centre: float, rn
 
 
 def _subarachnoid(anatomy: Anatomy, area: float, rng: Rng) -> np.ndarray:
-    """Streaks: most of several neighbouring sulci filled, from the brain's surface inwards."""
-    shallowest = 22.0
-    filled = rng.random(anatomy.sulci) > 0.15
-    width = 2 * np.pi * area / (9.0 * shallowest * 0.85 * anatomy.sulci)
-    beyond = (np.abs(_turn(anatomy.angle - _angle(rng))) - width / 2) * anatomy.radius
-    deeper = anatomy.depth - np.maximum(anatomy.sulcus_depth, shallowest)
+    """Streaks: three or more neighbouring sulci filled, from the brain's surface inwards."""
+    streak = 22.0
+    window = 2 * np.pi / anatomy.sulci * area / (7.5 * streak)
+    beyond = (np.abs(_turn(anatomy.angle - _angle(rng))) - window / 2) * anatomy.radius
+    deeper = anatomy.depth - np.maximum(anatomy.sulcus_depth, streak)
     streaks = -np.hypot(anatomy.beside, np.maximum(deeper, 0)) - np.maximum(beyond - 4, 0)
-    free = (anatomy.depth > 1) & (anatomy.ventricles < -3) & filled[anatomy.sulcus]
+    free = (anatomy.depth > 1) & (anatomy.ventricles < -3)
     return _grow(np.where(free, streaks, OUTSIDE), area, anatomy.pixel)
 
 

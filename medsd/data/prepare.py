@@ -23,7 +23,7 @@ import numpy as np
 
 from medsd.data.dataset import INFO_FILE, SPLITS, DataInfo, data_features, pack
 from medsd.data.files import DICOM_SUFFIXES, Header, read_file
-from medsd.data.intensity import CT_WINDOWS, IntensityMap, Range, Windows
+from medsd.data.intensity import IntensityMap, Range, Windows
 from medsd.data.prompts import class_prompts, class_tokens
 from medsd.data.sources import Row, table
 from medsd.data.splits import check_patient_overlap, drop_duplicates, find_duplicates, split_patients
@@ -31,6 +31,8 @@ from medsd.data.transforms import fit_square
 from medsd.errors import InputError
 
 PHANTOM_SALT = b"medsd phantom: procedural, nobody's data"
+PHANTOM_WINDOW = (50.0, 130.0)
+"""(centre, width) in HU, in which blood is brighter than brain and darker than bone."""
 ROWS_PER_SHARD = 4096
 PREVIEW_SIDE = 96
 DEFAULT_TEMPLATE = "a medical image of {label}"
@@ -106,7 +108,7 @@ def prepare_phantom(output_dir: Path, options: PrepareOptions, source_dir: Path 
     rows = table(source_dir, labels, "label", "file", "patient_id", mask_column="mask", suffixes=DICOM_SUFFIXES)
     chosen = replace(
         options,
-        intensity=options.intensity or Windows((CT_WINDOWS["brain"],)),
+        intensity=options.intensity or Windows((PHANTOM_WINDOW,)),
         prompt_template=options.prompt_template or PHANTOM_TEMPLATE,
         class_names=options.class_names or phantom.CLASSES,
     )

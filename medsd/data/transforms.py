@@ -67,11 +67,16 @@ def augment(images: torch.Tensor, random_shift: int, generator: torch.Generator)
 
 def pixel_statistics(dataset: Any, intensity: IntensityMap, limit: int = 512) -> tuple[float, float]:
     """Mean and standard deviation of up to `limit` images in `[-1, 1]`, evenly picked."""
-    picked = dataset[range(0, len(dataset), max(1, len(dataset) // limit))]["image"]
-    unit = torch.cat([to_unit(torch.from_numpy(image.astype(np.float32)), intensity).flatten() for image in picked])
+    unit = sample_images(dataset, intensity, limit)
     if unit.std() == 0:
         raise InputError("every pixel of the training images is the same in [-1, 1]: check --windows")
     return unit.mean().item(), unit.std().item()
+
+
+def sample_images(dataset: Any, intensity: IntensityMap, limit: int) -> torch.Tensor:
+    """About `limit` images of a data set, evenly picked, as `(N, C, H, W)` in `[-1, 1]`."""
+    picked = dataset[range(0, len(dataset), max(1, len(dataset) // limit))]["image"]
+    return to_unit(torch.from_numpy(np.stack(picked).astype(np.float32)), intensity)
 
 
 def to_unit(images: torch.Tensor, intensity: IntensityMap) -> torch.Tensor:
@@ -115,6 +120,11 @@ class TrainingOrder(Sampler[list[int]]):
         counts = np.bincount(self.labels)[self.labels].astype(float)
         weights = counts**-1 if self.class_sampling == "balanced" else counts**-0.5
         return generator.choice(len(self.labels), size=len(self.labels), p=weights / weights.sum())
+
+
+def first_rows(dataset: Any, limit: int | None) -> Any:
+    """The data set, or its first `limit` rows."""
+    return dataset if limit is None or limit >= len(dataset) else dataset.select(range(limit))
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ diffusers. A LoRA run holds its adapters, its class tokens' embeddings and the n
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -46,6 +47,8 @@ class PipelineInfo:
     codec: dict[str, Any] | None = None
     calibration: Calibration | None = None
     base: Base | None = None
+    own_vae: bool = False
+    """Whether the autoencoder is not the base's."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -66,6 +69,7 @@ def read_info(folder: Path) -> PipelineInfo:
         codec=record["codec"],
         calibration=Calibration(calibration["temperature"], tuple(calibration["bias"])) if calibration else None,
         base=Base(**record["base"]) if record["base"] else None,
+        own_vae=record["own_vae"],
     )
 
 
@@ -108,11 +112,16 @@ def read_embeddings(folder: Path) -> dict[str, torch.Tensor]:
     return {token: embedding for file in files for token, embedding in load_file(file).items()}
 
 
+def looks_like_hub_id(name: str) -> bool:
+    """Whether `name` can be a Hub repository (`user/name`) rather than a path."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not name.startswith("runs/")
+
+
 def download_record(hub_id: str, revision: str | None) -> Path:
     """Local folder with the `medsd.json` (and LoRA files) of a Hub repository; an empty one where it has none."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[INFO_FILE, LORA_FILE, f"{EMBEDS_DIR}/*.safetensors"]))
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[INFO_FILE, LORA_FILE, f"{EMBEDS_DIR}/*.safetensors", "vae/*"]))
 
 
 def push(save: Callable[[str], None], repo_id: str, private: bool, revision: str | None, **options: Any) -> str:

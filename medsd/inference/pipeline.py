@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -26,7 +26,7 @@ from medsd.errors import InputError
 from medsd.inference import folder as folders
 from medsd.inference.folder import PipelineInfo
 from medsd.inference.likelihood import Calibration, fit_calibration, make_plan, posterior, score_classes
-from medsd.models.codec import Codec, KLCodec, PixelCodec, build_codec
+from medsd.models.codec import Codec, KLCodec, PixelCodec, build_codec, load_vae
 from medsd.models.conditioning import add_class_tokens, build_text_encoder, build_tokenizer, encode, set_embeddings, tokenize
 from medsd.models.lora import lora_layers
 from medsd.models.presets import PRESETS
@@ -119,13 +119,17 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
                 f"images of {data.channels} channels make latents of {codec.latent_channels}, this UNet takes "
                 f"{self.unet.config.in_channels}: start from a --preset, or prepare the channels that the model was trained on"
             )
-        if data.resolution % codec.factor:
-            raise InputError(f"images of {data.resolution} px do not divide by the codec's factor {codec.factor}: prepare another --resolution")
+        codec.check_side(data.resolution)
         check_side(data.resolution // codec.factor, len(self.unet.config.block_out_channels))
         add_class_tokens(self.tokenizer, self.text_encoder, {token: class_words(token) for token in data.class_tokens})
-        tokenize(self.tokenizer, data.prompts)
+        tokenize(self.tokenizer, data.prompts or [""])
         self.unet.register_to_config(sample_size=data.resolution // codec.factor)
         self.info = replace(self.info, data=data, codec=codec.to_dict(), calibration=None)
+
+    def replace_vae(self, vae: Any) -> None:
+        """Take another autoencoder of the same latent space; a LoRA folder then holds it, too."""
+        self.register_modules(vae=vae)
+        self.info = replace(self.info, own_vae=True)
 
     def change_schedule(self, **changes: str | None) -> None:
         """Replace settings of the noise schedule (`prediction_type`, `beta_schedule`); None keeps one."""
@@ -299,9 +303,8 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         """A model with random weights for `data`, in the latents of `vae` or in pixels; the mean and standard deviation are those of its images in `[-1, 1]`."""
         preset = PRESETS[name]
         codec = PixelCodec(data.channels, pixel_factor, pixel_mean, pixel_std) if vae is None else KLCodec(vae, data.channels)
-        if data.resolution % codec.factor:
-            raise InputError(f"images of {data.resolution} px do not divide by {codec.factor}: change --pixel_factor or prepare another --resolution")
-        tokenizer = build_tokenizer([prompt.replace(token, "") for prompt, token in zip(data.prompts, data.class_tokens, strict=False)], preset.text_tokens)
+        codec.check_side(data.resolution)
+        tokenizer = build_tokenizer(data.with_words().prompts, preset.text_tokens)
         pipe = cls(
             vae=vae,
             text_encoder=build_text_encoder(preset, tokenizer),
@@ -319,14 +322,13 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         Raises InputError where the folder or one of its parts is missing.
         """
         name = str(pretrained_model_name_or_path)
-        path = Path(name)
-        if not path.exists() and name.count("/") == 1 and not name.startswith((".", "runs/")):
-            path = folders.download_record(name, options.get("revision"))
-        info = folders.read_info(path)
+        local = Path(name).exists() or not folders.looks_like_hub_id(name)
+        record = Path(name) if local else folders.download_record(name, options.get("revision"))
+        info = folders.read_info(record)
         if info.base is not None:
-            return cls._from_lora(path, info, options)
-        if path.is_dir() and Path(name) == path:
-            folders.check_folder(path)
+            return cls._from_lora(record, info, options)
+        if local:
+            folders.check_folder(record)
         pipe = super().from_pretrained(name, use_safetensors=True, **options)
         if info.codec is not None:
             pipe.info = info
@@ -339,6 +341,8 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         embeddings = folders.read_embeddings(run)
         add_class_tokens(pipe.tokenizer, pipe.text_encoder, {token: class_words(token) for token in embeddings})
         set_embeddings(pipe.tokenizer, pipe.text_encoder, embeddings)
+        if (run / "vae").is_dir():
+            pipe.register_modules(vae=load_vae(str(run)))
         pipe.load_lora_weights(run, weight_name=folders.LORA_FILE)
         pipe.unet.register_to_config(sample_size=info.data.resolution // build_codec(info.codec, pipe.vae).factor)
         pipe.info = info
@@ -367,6 +371,8 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         folders.publish(made, target)
 
     def _save_lora(self, made: Path) -> None:
+        if self.info.own_vae:
+            self.vae.save_pretrained(made / "vae")
         weights, metadata = lora_layers(self.unet)
         self.save_lora_weights(made, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
         table = self.text_encoder.get_input_embeddings().weight
@@ -376,15 +382,6 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
     def push_to_hub(self, repo_id: str, private: bool = True, revision: str | None = None, **options: Any) -> str:
         """Save to a temporary folder and upload it; returns the repository's address."""
         return folders.push(self.save_pretrained, repo_id, private, revision, **options)
-
-
-def load_vae(name: str) -> AutoencoderKL:
-    """An `AutoencoderKL` from its own folder or Hub id, or from a pipeline folder's `vae/`."""
-    subfolder = "vae" if (Path(name) / "vae").is_dir() else None
-    try:
-        return AutoencoderKL.from_pretrained(name, subfolder=subfolder, use_safetensors=True)
-    except OSError as error:
-        raise InputError(f"--vae {name}: no AutoencoderKL with safetensors weights there ({str(error).splitlines()[0]})") from error
 
 
 def picture(unit: torch.Tensor) -> Image.Image:

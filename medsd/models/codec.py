@@ -4,12 +4,15 @@
 interface, so nothing else asks which one it is.
 """
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from diffusers import AutoencoderKL
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from medsd.errors import InputError
+from medsd.models.presets import Preset
 
 
 class Codec(Protocol):
@@ -25,6 +28,9 @@ class Codec(Protocol):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images, not clipped."""
 
+    def check_side(self, resolution: int) -> None:
+        """Raise InputError where images of this side do not fit."""
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form for `medsd.json`."""
 
@@ -39,6 +45,11 @@ class PixelCodec:
     def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Exact, so `generator` is not used."""
         return pixel_unshuffle((images - self.mean) / self.std, self.factor)
+
+    def check_side(self, resolution: int) -> None:
+        """Raise InputError where images of this side cannot be folded."""
+        if resolution % self.factor:
+            raise InputError(f"images of {resolution} px do not divide by {self.factor}: change --pixel_factor or prepare another --resolution")
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Inverse of `encode`."""
@@ -77,12 +88,69 @@ class KLCodec:
         decoded = self.vae.decode((latents / self.vae.config.scaling_factor + self._shift()).to(self.vae.dtype)).sample
         return decoded.unflatten(1, (self.repeats, self.image_channels)).mean(1)
 
+    def check_side(self, resolution: int) -> None:
+        """Raise InputError where images of this side cannot be encoded."""
+        if resolution % self.factor:
+            raise InputError(f"images of {resolution} px do not divide by the codec's factor {self.factor}: prepare another --resolution")
+
     def _shift(self) -> float:
         return getattr(self.vae.config, "shift_factor", None) or 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """`{"kind": "kl", ...}`; the autoencoder itself is a part of the pipeline folder."""
         return {"kind": "kl", "image_channels": self.image_channels}
+
+
+class Autoencoding(torch.nn.Module):
+    """One pass through a `KLCodec`'s autoencoder, as training needs it (a module, so that it can be distributed)."""
+
+    def __init__(self, codec: KLCodec) -> None:
+        super().__init__()
+        self.vae, self.repeats, self.image_channels = codec.vae, codec.repeats, codec.image_channels
+
+    def forward(self, images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images `(B, C, H, W)` in `[-1, 1]` -> reconstruction `(B, C, H, W)`, posterior mean and log-variance `(B, c, h, w)`."""
+        posterior = self.vae.encode(images.repeat(1, self.repeats, 1, 1)).latent_dist
+        decoded = self.vae.decode(posterior.sample(generator)).sample
+        return decoded.unflatten(1, (self.repeats, self.image_channels)).mean(1), posterior.mean, posterior.logvar
+
+
+def build_vae(preset: Preset, channels: int) -> AutoencoderKL:
+    """An `AutoencoderKL` with random weights for images of `channels`."""
+    levels = len(preset.vae_channels)
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=preset.vae_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=preset.layers_per_block,
+        latent_channels=4,
+    )
+
+
+def load_vae(name: str) -> AutoencoderKL:
+    """An `AutoencoderKL` from its own folder or Hub id, or from a pipeline folder's `vae/`; safetensors only."""
+    subfolder = "vae" if (Path(name) / "vae").is_dir() else None
+    try:
+        return AutoencoderKL.from_pretrained(name, subfolder=subfolder, use_safetensors=True)
+    except OSError as error:
+        raise InputError(f"{name}: no AutoencoderKL with safetensors weights there ({str(error).splitlines()[0]})") from error
+
+
+@torch.no_grad()
+def reconstruct(codec: Codec, images: torch.Tensor) -> torch.Tensor:
+    """Images `(B, C, H, W)` in `[-1, 1]` through the codec and back, on the CPU, clipped to the range."""
+    vae = getattr(codec, "vae", None)
+    device = images.device if vae is None else vae.device
+    return codec.decode(codec.encode(images.to(device))).clamp(-1, 1).float().cpu()
+
+
+@torch.no_grad()
+def measure_scaling_factor(codec: KLCodec, images: torch.Tensor) -> float:
+    """1 / standard deviation of the unscaled latents of images `(B, C, H, W)` in `[-1, 1]`."""
+    latents = torch.cat([codec.encode(part.to(codec.vae.device)) for part in images.split(16)])
+    return codec.vae.config.scaling_factor / latents.std().item()
 
 
 def build_codec(record: dict[str, Any], vae: Any | None) -> Codec:

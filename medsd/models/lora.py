@@ -25,4 +25,5 @@ def lora_layers(unet: UNet2DConditionModel) -> tuple[dict[str, Any], dict[str, A
     """The adapters' weights, and their metadata, without which a scale other than 1 would be lost at a reload."""
     from peft.utils import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(unet), unet.peft_config["default"].to_dict()
+    (adapter,) = unet.peft_config
+    return get_peft_model_state_dict(unet, adapter_name=adapter), unet.peft_config[adapter].to_dict()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
-    """Shape of a UNet and of its text encoder."""
+    """Shape of a UNet, of its text encoder, and of an autoencoder."""
 
     block_out_channels: tuple[int, ...]
     layers_per_block: int
@@ -18,10 +18,12 @@ class Preset:
     text_heads: int
     text_tokens: int
     """Longest prompt in tokens."""
+    vae_channels: tuple[int, ...]
+    """Channels of each level of an autoencoder, which halves the image between two levels."""
 
 
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset((64, 128), 1, (False, True), 4, text_width=64, text_layers=1, text_heads=2, text_tokens=24),
-    "small": Preset((64, 128, 256), 2, (False, True, True), 8, text_width=256, text_layers=2, text_heads=4, text_tokens=32),
-    "sd15": Preset((320, 640, 1280, 1280), 2, (True, True, True, False), 8, text_width=768, text_layers=12, text_heads=12, text_tokens=77),
+    "tiny": Preset((32, 64), 1, (False, True), 4, text_width=64, text_layers=1, text_heads=2, text_tokens=24, vae_channels=(32, 64, 64)),
+    "small": Preset((64, 128, 256), 2, (False, True, True), 8, text_width=256, text_layers=2, text_heads=4, text_tokens=32, vae_channels=(64, 128, 128)),
+    "sd15": Preset((320, 640, 1280, 1280), 2, (True, True, True, False), 8, text_width=768, text_layers=12, text_heads=12, text_tokens=77, vae_channels=(128, 256, 512, 512)),
 }

@@ -28,8 +28,27 @@ class TrainState:
         self.optimizer, self.schedule = optimizer, schedule
         self.ema = EMAModel(self.parameters.values(), decay=ema_decay) if ema_decay is not None else None
 
-    def update_average(self) -> None:
-        """After an optimizer update."""
+    @property
+    def size(self) -> int:
+        """Number of trained parameters."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    @property
+    def learning_rate(self) -> float:
+        """The present one."""
+        return self.schedule.get_last_lr()[0]
+
+    def learn(self, accelerator: Any, loss: torch.Tensor, max_grad_norm: float) -> None:
+        """Backward pass of one micro-batch, and the optimizer's update after the last one."""
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(list(self.parameters.values()), max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def finish_update(self) -> None:
+        """Advance the learning rate and the moving average."""
+        self.schedule.step()
         if self.ema is not None:
             self.ema.step(self.parameters.values())
 
@@ -57,7 +76,8 @@ class TrainState:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file({name: value.detach().contiguous() for name, value in self.parameters.items()}, partial / "weights.safetensors")
-        tensors, record = _flatten(self.optimizer.state_dict())
+        tensors: dict[str, torch.Tensor] = {}
+        record = _take_tensors(self.optimizer.state_dict(), "optimizer", tensors)
         save_file(tensors, partial / "optimizer.safetensors")
         state = {"step": step, "optimizer": record, "schedule": self.schedule.last_epoch}
         if self.ema is not None:
@@ -81,7 +101,7 @@ class TrainState:
         with torch.no_grad():
             for name, value in self.parameters.items():
                 value.copy_(weights[name])
-        self.optimizer.load_state_dict(_unflatten(load_file(checkpoint / "optimizer.safetensors"), state["optimizer"]))
+        self.optimizer.load_state_dict(_put_tensors(state["optimizer"], load_file(checkpoint / "optimizer.safetensors")))
         self.schedule.last_epoch = state["schedule"]
         self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if self.ema is not None:
@@ -114,17 +134,22 @@ def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
     return found
 
 
-def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Optimizer state -> tensors by `PARAMETER/NAME`, and a JSON record of the rest."""
-    tensors = {f"{index}/{name}": value for index, entry in state["state"].items() for name, value in entry.items() if torch.is_tensor(value)}
-    plain = {index: {name: value for name, value in entry.items() if not torch.is_tensor(value)} for index, entry in state["state"].items()}
-    unique = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
-    return unique, {"state": plain, "param_groups": state["param_groups"]}
+def _take_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Copy of nested dicts and lists for JSON; each tensor moves to `tensors` under its path, which stands in its place."""
+    if torch.is_tensor(value):
+        tensors[path] = value.detach().clone().contiguous()
+        return {"tensor": path}
+    if isinstance(value, dict):
+        return {str(key): _take_tensors(item, f"{path}/{key}", tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_take_tensors(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+    return value
 
 
-def _unflatten(tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> dict[str, Any]:
-    state = {int(index): dict(entry) for index, entry in record["state"].items()}
-    for key, value in tensors.items():
-        index, name = key.split("/", 1)
-        state[int(index)][name] = value
-    return {"state": state, "param_groups": record["param_groups"]}
+def _put_tensors(record: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Inverse of `_take_tensors`; keys that were numbers become numbers again."""
+    if isinstance(record, dict):
+        if record.keys() == {"tensor"}:
+            return tensors[record["tensor"]]
+        return {int(key) if key.isdigit() else key: _put_tensors(item, tensors) for key, item in record.items()}
+    return [_put_tensors(item, tensors) for item in record] if isinstance(record, list) else record

@@ -1,12 +1,12 @@
 """Looks at a model while it trains: held-out loss at fixed pairs, quick AUROC, and pictures at fixed seeds."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from medsd.data.dataset import available_splits, load_dataset
 from medsd.evaluation.classification import classification_metrics
 from medsd.inference.likelihood import make_plan
 from medsd.inference.pipeline import MedSDPipeline, picture
@@ -17,15 +17,22 @@ QUICK_PAIRS = 8
 
 
 class HeldOut:
-    """A fixed, class-balanced handful of validation images, encoded once."""
+    """A fixed, class-balanced handful of validation images; nothing to say where the data has no validation split."""
 
-    def __init__(self, pipe: MedSDPipeline, rows: Any, limit: int = 96, seed: int = 0) -> None:
-        labels = np.asarray(rows["label"]) if len(rows) else np.empty(0, dtype=int)
-        chosen = _balanced(labels, limit, seed)
+    def __init__(self, pipe: MedSDPipeline, dataset_name: str, limit: int = 96, seed: int = 0) -> None:
         self.pipe, self.seed = pipe, seed
-        self.labels = labels[chosen]
-        self.images = [rows[int(index)]["image"] for index in chosen]
-        self.patients = [rows[int(index)]["patient_id"] for index in chosen]
+        self.images: list[np.ndarray] = []
+        if "validation" in available_splits(dataset_name):
+            rows = load_dataset(dataset_name, "validation")
+            rows = rows.select(_balanced(np.asarray(rows["label"]), limit, seed))
+            self.labels, self.images, self.patients = np.asarray(rows["label"]), list(rows["image"]), list(rows["patient_id"])
+
+    def numbers(self) -> dict[str, float]:
+        """`validation_loss` and `validation_auroc`, each where it has a meaning."""
+        if not self.images:
+            return {}
+        numbers = {"validation_loss": self.loss(), "validation_auroc": self.auroc()}
+        return {name: value for name, value in numbers.items() if value is not None}
 
     @torch.no_grad()
     def loss(self) -> float:

@@ -2,15 +2,18 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from medsd.data.transforms import TrainingOrder, training_loader
 from medsd.errors import InputError
-from medsd.training.checkpoint import checkpoints
+from medsd.training.checkpoint import TrainState, checkpoints, trained_parameters
+
+EMA_DECAY = 0.999
 
 
 def quiet_libraries() -> None:
@@ -48,6 +51,41 @@ def build_accelerator(mixed_precision: str, accumulation: int, seed: int) -> Any
     return Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation)
 
 
+def start(
+    accelerator: Any,
+    modules: dict[str, torch.nn.Module],
+    learning_rate: float,
+    use_8bit: bool,
+    lr_scheduler: str,
+    warmup: int,
+    steps: int,
+    use_ema: bool,
+    checkpoint: Path | None,
+) -> tuple[TrainState, dict[str, torch.nn.Module], int]:
+    """Optimizer, schedule and average for what learns in `modules`, restored from a checkpoint where there is one.
+
+    Returns the state, the modules prepared for the accelerator and in training mode, and the number of updates already done.
+    """
+    parameters = trained_parameters(modules)
+    optimizer = build_optimizer(parameters.values(), learning_rate, use_8bit)
+    state = TrainState(parameters, optimizer, build_schedule(optimizer, lr_scheduler, warmup, steps), EMA_DECAY if use_ema else None)
+    done = state.load(checkpoint) if checkpoint else 0
+    networks = {name: accelerator.prepare(module).train() for name, module in modules.items()}
+    state.optimizer = accelerator.prepare(optimizer)
+    return state, networks, done
+
+
+def batches(
+    accelerator: Any, rows: Any, batch_size: int, class_sampling: str, seed: int, updates_done: int, num_workers: int
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Generator]]:
+    """Endless (batch, generator of its random numbers); both depend on (seed, number of the micro-batch, process) alone."""
+    first = updates_done * accelerator.gradient_accumulation_steps
+    order = TrainingOrder(rows["label"], batch_size, class_sampling, seed, first, accelerator.process_index, accelerator.num_processes)
+    for number, batch in enumerate(training_loader(rows, order, num_workers), start=first):
+        on_device = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        yield on_device, draws(seed, number, accelerator.process_index, accelerator.device)
+
+
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], learning_rate: float, use_8bit: bool) -> torch.optim.Optimizer:
     """AdamW without weight decay, so that a parameter without a gradient stays where it is."""
     if not use_8bit:
@@ -64,7 +102,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, name: str, warmup: int, ste
     from diffusers.optimization import get_scheduler
 
     kind = "constant_with_warmup" if name == "constant" else name
-    return get_scheduler(kind, optimizer, num_warmup_steps=min(warmup, steps // 2), num_training_steps=steps)
+    return get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
 def draws(seed: int, micro_batch: int, rank: int, device: torch.device) -> torch.Generator:

@@ -1,0 +1,136 @@
+"""Fine-tune an AutoencoderKL on medical images, or train one from a preset.
+
+    accelerate launch recipes/finetune_vae.py
+    accelerate launch recipes/finetune_vae.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --decoder_only
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medsd.config import FinetuneVAEConfig, run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from medsd.data.dataset import DataInfo
+    from medsd.models.codec import KLCodec
+    from medsd.training.record import RunRecord
+
+
+def main(config: FinetuneVAEConfig) -> None:
+    """Build the autoencoder, train it, and leave a folder that `AutoencoderKL.from_pretrained` loads."""
+    from medsd.data.dataset import load_info
+    from medsd.models.codec import KLCodec, build_vae, load_vae
+    from medsd.models.presets import PRESETS
+    from medsd.training.record import RunRecord
+    from medsd.training.setup import build_accelerator, check_output, quiet_libraries
+
+    quiet_libraries()
+    output_dir = Path(config.output_dir)
+    accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed)
+    info = load_info(config.dataset_name)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            check_output(output_dir, config.overwrite, config.resume_from_checkpoint)
+    start = config.pretrained_model_name_or_path
+    vae = load_vae(start) if start else build_vae(PRESETS[config.preset or "tiny"], info.channels)
+    codec = KLCodec(vae, info.channels)
+    codec.check_side(info.resolution)
+    with RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard") as record:
+        train(config, accelerator, codec, info, record)
+    if config.push_to_hub and accelerator.is_main_process:
+        vae.push_to_hub(config.hub_model_id, private=config.hub_private_repo)
+    accelerator.print(f"next: accelerate launch recipes/finetune_unet.py --vae {output_dir} --dataset_name {config.dataset_name}")
+
+
+def train(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec", info: "DataInfo", record: "RunRecord") -> None:
+    """Train the codec's autoencoder in place and save it."""
+    from tqdm import tqdm
+
+    from medsd.data.dataset import load_dataset
+    from medsd.data.transforms import augment, first_rows, sample_images, to_unit
+    from medsd.models.codec import Autoencoding, measure_scaling_factor
+    from medsd.objectives.autoencoder import kl_divergence, reconstruction_error
+    from medsd.training.checkpoint import find_checkpoint
+    from medsd.training.setup import batches, start
+
+    output_dir, vae = Path(config.output_dir), codec.vae.to(accelerator.device)
+    if config.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    if config.enable_xformers_memory_efficient_attention:
+        from medsd.models.unet import enable_xformers
+
+        enable_xformers(vae)
+    if config.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    state, networks, done = start(
+        accelerator,
+        {"autoencoder": Autoencoding(codec)},
+        config.learning_rate or (1e-5 if config.pretrained_model_name_or_path else 1e-3),
+        config.use_8bit_adam,
+        config.lr_scheduler,
+        config.lr_warmup_steps,
+        config.max_train_steps,
+        config.use_ema,
+        find_checkpoint(output_dir, config.resume_from_checkpoint),
+    )
+    autoencoder, intensity = networks["autoencoder"], info.intensity_map
+    rows = first_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples)
+    stream = batches(accelerator, rows, config.train_batch_size, "natural", config.seed, done, config.dataloader_num_workers)
+    record.environment(device=str(accelerator.device), trained_parameters=state.size)
+
+    bar = tqdm(range(done + 1, config.max_train_steps + 1), initial=done, total=config.max_train_steps, disable=not accelerator.is_main_process)
+    for step in bar:
+        # The training step.
+        for _ in range(config.gradient_accumulation_steps):
+            batch, generator = next(stream)
+            with accelerator.accumulate(autoencoder):
+                images = augment(to_unit(batch["images"], intensity), config.random_shift, generator)
+                reconstruction, mean, log_variance = autoencoder(images, generator)
+                error = reconstruction_error(reconstruction, images, config.loss_type)
+                loss = (error + config.kl_weight * kl_divergence(mean, log_variance)).mean()
+                state.learn(accelerator, loss, config.max_grad_norm)
+        state.finish_update()
+
+        # What happens once in a while.
+        last = step == config.max_train_steps
+        if step % config.logging_steps == 0 or last:
+            record.log(step, loss=loss.item(), learning_rate=state.learning_rate)
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+        if (step % config.validation_steps == 0 or last) and accelerator.is_main_process:
+            with state.averaged(), accelerator.autocast():
+                look(config.dataset_name, codec, info, record, step, bar.write)
+        if (step % config.checkpointing_steps == 0 or last) and accelerator.is_main_process:
+            state.save(output_dir, step, config.checkpoints_total_limit)
+
+    accelerator.wait_for_everyone()
+    state.adopt_average()
+    if accelerator.is_main_process:
+        if not config.decoder_only:
+            vae.register_to_config(scaling_factor=measure_scaling_factor(codec, sample_images(rows, intensity, limit=256)))
+        vae.save_pretrained(output_dir)
+    accelerator.print(f"autoencoder in {output_dir}, pictures in {output_dir / 'preview.png'}")
+
+
+def look(dataset_name: str, codec: "KLCodec", info: "DataInfo", record: "RunRecord", step: int, write: Any) -> None:
+    """Held-out error, and images above their reconstructions."""
+    import torch
+
+    from medsd.data.dataset import available_splits, load_dataset
+    from medsd.data.transforms import sample_images
+    from medsd.models.codec import reconstruct
+    from medsd.objectives.autoencoder import reconstruction_error
+    from medsd.training.preview import grid
+
+    split = "validation" if "validation" in available_splits(dataset_name) else "train"
+    images = sample_images(load_dataset(dataset_name, split), info.intensity_map, limit=32)
+    again = reconstruct(codec, images)
+    error = reconstruction_error(again, images).mean().item()
+    record.log(step, validation_l1=error)
+    record.picture(step, "preview", grid(torch.stack([images[:8], again[:8]])))
+    write(f"step {step}: {split} L1 {error:.4f} of a range of 2")
+
+
+if __name__ == "__main__":
+    run(main, FinetuneVAEConfig)

@@ -1,0 +1,269 @@
+"""What a user types: every recipe's main for two steps, resumes, and refusals."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from medsd import MedSDPipeline, load_dataset
+from medsd.config import ClassifyConfig, FinetuneUNetConfig, GenerateConfig
+from medsd.errors import InputError
+from recipes import classify, finetune_unet, generate
+
+QUICK = {"max_train_steps": 2, "validation_steps": 2, "checkpointing_steps": 1, "logging_steps": 1, "train_batch_size": 4, "report_to": "none", "lr_scheduler": "constant"}
+
+
+def train(data, folder, **flags):
+    config = FinetuneUNetConfig(dataset_name=str(data), output_dir=str(folder), **(QUICK | flags))
+    finetune_unet.main(config)
+    return folder
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def run(phantom_data, tmp_path_factory):
+    """A pixel run of two steps."""
+    return train(phantom_data, tmp_path_factory.mktemp("run") / "unet", report_to="tensorboard")
+
+
+def test_a_run_holds_what_the_contract_says(run):
+    names = {path.name for path in run.iterdir()}
+    expected = {"model_index.json", "unet", "text_encoder", "tokenizer", "scheduler", "medsd.json", "config.yaml", "metrics.jsonl"}
+    assert expected | {"environment.json", "status.json", "checkpoint-1", "checkpoint-2", "preview.png", "tensorboard"} <= names
+    assert json.loads((run / "status.json").read_text()) == {"state": "finished", "step": 2, "reason": ""}
+    assert json.loads((run / "model_index.json").read_text())["_class_name"] == "MedSDPipeline"
+    assert json.loads((run / "environment.json").read_text())["attention"] == "torch SDPA"
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < last["validation_loss"] < 5 and 0 <= last["validation_auroc"] <= 1
+    assert Image.open(run / "preview.png").height > Image.open(run / "preview.png").width
+
+
+def test_resume_gives_the_same_losses_and_weights(phantom_data, run, tmp_path):
+    other = tmp_path / "unet"
+    shutil.copytree(run / "checkpoint-1", other / "checkpoint-1")
+    train(phantom_data, other, resume_from_checkpoint="latest")
+    assert losses(other) == losses(run)[1:]
+    for name, value in load_file(run / "unet" / "diffusion_pytorch_model.safetensors").items():
+        torch.testing.assert_close(load_file(other / "unet" / "diffusion_pytorch_model.safetensors")[name], value, rtol=0, atol=0)
+
+
+def test_latest_starts_anew_without_a_checkpoint(phantom_data, run, tmp_path):
+    assert losses(train(phantom_data, tmp_path / "unet", resume_from_checkpoint="latest")) == losses(run)
+
+
+def test_accumulation_counts_updates(phantom_data, tmp_path):
+    folder = train(phantom_data, tmp_path / "unet", gradient_accumulation_steps=2, gradient_checkpointing=True, mixed_precision="bf16", random_shift=2)
+    assert len(losses(folder)) == 2 and all(np.isfinite(losses(folder)))
+
+
+def test_8bit_adam_steps_on_a_cpu_and_resumes(phantom_data, run, tmp_path):
+    folder = train(phantom_data, tmp_path / "unet", use_8bit_adam=True, max_train_steps=1, learning_rate=0.01, use_ema=False)
+    before = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    train(phantom_data, folder, use_8bit_adam=True, learning_rate=0.01, use_ema=False, resume_from_checkpoint="latest")
+    after = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_unconditional_generates_and_refuses_to_classify(phantom_data, tmp_path):
+    folder = train(phantom_data, tmp_path / "unet", unconditional=True)
+    pipe = MedSDPipeline.from_pretrained(folder)
+    assert pipe.class_names == []
+    assert pipe(num_inference_steps=2, output_type="source").images.shape == (1, 1, 32, 32)
+    with pytest.raises(InputError, match="two or more"):
+        pipe.classify([load_dataset(phantom_data, "test")[0]["image"]])
+
+
+def test_words_instead_of_tokens(phantom_data, tmp_path):
+    pipe = MedSDPipeline.from_pretrained(train(phantom_data, tmp_path / "unet", class_tokens="words"))
+    assert pipe.data.prompts[1] == "a head CT with epidural" and pipe.data.class_tokens == []
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_other_predictions(phantom_data, tmp_path, prediction_type):
+    pipe = MedSDPipeline.from_pretrained(train(phantom_data, tmp_path / "unet", prediction_type=prediction_type, snr_gamma=5.0, loss_type="huber"))
+    assert pipe.scheduler.config.prediction_type == pipe.noise_schedule.config.prediction_type == prediction_type
+
+
+def test_lora_reloads_equal_with_another_alpha(phantom_data, run, tmp_path):
+    flags = {"pretrained_model_name_or_path": str(run), "rank": 2, "lora_alpha": 8, "learning_rate": 0.05, "use_ema": False}
+    folder = train(phantom_data, tmp_path / "lora", **flags)
+    assert (folder / "pytorch_lora_weights.safetensors").is_file() and not (folder / "unet").exists()
+    embeds = load_file(folder / "learned_embeds" / "epidural.safetensors")
+    pipe = MedSDPipeline.from_pretrained(folder)
+    token = pipe.tokenizer.convert_tokens_to_ids("<epidural>")
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[token], embeds["<epidural>"])
+    checkpoint = load_file(folder / "checkpoint-2" / "weights.safetensors")
+    adapted = dict(pipe.unet.named_parameters())
+    trained = {name.removeprefix("unet."): value for name, value in checkpoint.items() if name.startswith("unet.")}
+    assert trained and all(torch.equal(adapted[name.replace(".default.", ".default_0.")] if name not in adapted else adapted[name], value) for name, value in trained.items())
+    layer = next(module for module in pipe.unet.modules() if hasattr(module, "scaling"))
+    assert set(layer.scaling.values()) == {4.0}
+    again = tmp_path / "again"
+    pipe.save_pretrained(again)
+    image, other = (p(class_name="normal", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images for p in (pipe, MedSDPipeline.from_pretrained(folder)))
+    np.testing.assert_array_equal(image, other)
+
+
+def test_a_lora_run_notices_a_changed_base(phantom_data, tmp_path):
+    base = train(phantom_data, tmp_path / "base")
+    folder = train(phantom_data, tmp_path / "lora", pretrained_model_name_or_path=str(base), rank=2)
+    train(phantom_data, base, overwrite=True, seed=7)
+    with pytest.raises(InputError, match="changed since"):
+        MedSDPipeline.from_pretrained(folder)
+
+
+def test_only_class_tokens_of_a_pretrained_text_encoder_learn(phantom_data, run, tmp_path):
+    folder = train(phantom_data, tmp_path / "unet", pretrained_model_name_or_path=str(run), use_ema=False, learning_rate=0.01)
+    before, after = (load_file(path / "text_encoder" / "model.safetensors") for path in (run, folder))
+    tokens = MedSDPipeline.from_pretrained(folder).tokenizer.convert_tokens_to_ids(MedSDPipeline.from_pretrained(folder).data.class_tokens)
+    for name, value in before.items():
+        same = (value == after[name]).reshape(len(value), -1).all(1) if value.ndim else value == after[name]
+        if "token_embedding" in name:
+            assert not same[tokens].all() and same[[row for row in range(len(value)) if row not in tokens]].all()
+        else:
+            assert same.all(), name
+
+
+def test_a_run_goes_on_with_other_classes(phantom_data, run, tmp_path):
+    from medsd.data.dataset import load_info
+
+    pipe = MedSDPipeline.from_pretrained(run)
+    info = replace(load_info(phantom_data), class_names=["glioma", "normal"], class_tokens=["<glioma>", "<normal>"], prompts=["an MRI of <glioma>", "an MRI of <normal>"])
+    size = len(pipe.tokenizer)
+    pipe.adopt(info)
+    assert pipe.class_names == ["glioma", "normal"] and len(pipe.tokenizer) == size + 1
+    pipe.save_pretrained(tmp_path / "next")
+    assert MedSDPipeline.from_pretrained(tmp_path / "next").class_names == ["glioma", "normal"]
+
+
+def test_generate_writes_images_by_class(run, tmp_path):
+    config = GenerateConfig(pipeline=str(run), output_dir=str(tmp_path / "images"), num_images=3, num_inference_steps=2, batch_size=2, guidance_scale=2.0)
+    generate.main(config)
+    manifest = [json.loads(line) for line in (tmp_path / "images" / "manifest.jsonl").read_text().splitlines()]
+    assert len(manifest) == 18 and manifest[2] == {"file": "normal/00002.png", "class": "normal", "seed": 2}
+    assert Image.open(tmp_path / "images" / "epidural" / "00000.png").size == (32, 32)
+    generate.main(replace(config, output_dir=str(tmp_path / "one"), class_name=("epidural",), num_images=1))
+    one, batch = (np.asarray(Image.open(tmp_path / name / "epidural" / "00000.png")).astype(int) for name in ("one", "images"))
+    assert np.abs(one - batch).max() <= 1
+    with pytest.raises(InputError, match="not empty"):
+        generate.main(config)
+
+
+def test_classify_writes_scores_and_calibrates_the_folder(phantom_data, run, tmp_path):
+    config = ClassifyConfig(pipeline=str(run), dataset_name=str(phantom_data), output_dir=str(tmp_path / "scores"), max_pairs=4, max_samples=36)
+    classify.main(config)
+    table = pyarrow.parquet.read_table(tmp_path / "scores" / "likelihoods.parquet").to_pydict()
+    assert list(table)[:6] == ["key", "patient_id", "label", "prediction", "pairs", "rows"] and {"loglik/normal", "se/epidural", "prob/subdural"} <= set(table)
+    assert sum(table[f"prob/{name}"][0] for name in set(table["label"])) == pytest.approx(1)
+    metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert {"n", "auroc", "auroc_ci", "ece", "ece_floor", "rows_per_image", "seconds_per_image", "auroc/epidural"} <= set(metrics)
+    assert metrics["calibrated"] and MedSDPipeline.from_pretrained(run).info.calibration.temperature > 0
+    with pytest.raises(InputError, match="not empty"):
+        classify.main(config)
+
+
+@pytest.mark.parametrize("mode", ["decide", "full"])
+def test_other_modes_elbo_and_train_prior(phantom_data, run, tmp_path, mode):
+    weighting, prior = ("elbo", "uniform") if mode == "full" else ("uniform", "train")
+    classify.main(
+        ClassifyConfig(
+            pipeline=str(run),
+            dataset_name=str(phantom_data),
+            output_dir=str(tmp_path / "scores"),
+            mode=mode,
+            weighting=weighting,
+            prior=prior,
+            calibrate="none",
+            max_pairs=4,
+            max_samples=8,
+        )
+    )
+    assert json.loads((tmp_path / "scores" / "metrics.json").read_text())["n"] == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"enable_xformers_memory_efficient_attention": True}, "xformers"),
+        ({"mixed_precision": "fp16"}, "needs a GPU"),
+        ({"pixel_factor": 5}, "--pixel_factor"),
+        ({"pixel_factor": 32}, "--resolution"),
+        ({"pretrained_model_name_or_path": "nowhere/at/all"}, "no such folder"),
+        ({"vae": "nowhere"}, "nowhere: no AutoencoderKL"),
+        ({"resume_from_checkpoint": "checkpoint-9"}, "checkpoint-9"),
+        ({"dataset_name": "nowhere"}, "prepare_data.py"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refusals of a CPU machine")
+def test_refusals(phantom_data, tmp_path, flags, message):
+    data = flags.pop("dataset_name", phantom_data)
+    with pytest.raises(InputError, match=message):
+        train(data, tmp_path / "unet", **flags)
+    with pytest.raises(InputError):
+        MedSDPipeline.from_pretrained(tmp_path / "unet")
+
+
+def test_a_used_folder_a_missing_part_and_an_unfinished_run_are_refused(phantom_data, tmp_path):
+    folder = train(phantom_data, tmp_path / "unet")
+    with pytest.raises(InputError, match="--overwrite"):
+        train(phantom_data, folder)
+    (folder / "unet" / "config.json").rename(tmp_path / "config.json")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(InputError, match="unet/ is missing"):
+        MedSDPipeline.from_pretrained(folder)
+    (folder / "model_index.json").unlink()
+    with pytest.raises(InputError, match="not a finished pipeline"):
+        MedSDPipeline.from_pretrained(folder)
+
+
+def test_a_failed_run_says_so(phantom_data, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr("medsd.objectives.diffusion.denoising_error", broken)
+    with pytest.raises(RuntimeError):
+        train(phantom_data, tmp_path / "unet")
+    assert json.loads((tmp_path / "unet" / "status.json").read_text())["state"] == "failed"
+    with pytest.raises(InputError, match="failed at step 0"):
+        MedSDPipeline.from_pretrained(tmp_path / "unet")
+
+
+def test_an_autoencoder_is_trained_and_used(phantom_data, tmp_path):
+    from diffusers import AutoencoderKL
+
+    from medsd.config import FinetuneVAEConfig
+    from recipes import finetune_vae
+
+    flags = {"dataset_name": str(phantom_data), "output_dir": str(tmp_path / "vae")}
+    finetune_vae.main(FinetuneVAEConfig(**flags, **QUICK))
+    finetune_vae.main(FinetuneVAEConfig(**flags, **(QUICK | {"max_train_steps": 3}), resume_from_checkpoint="latest"))
+    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    assert vae.config.in_channels == 1 and vae.config.scaling_factor != 0.18215
+    before = vae.state_dict()
+    tuned = FinetuneVAEConfig(
+        dataset_name=str(phantom_data),
+        output_dir=str(tmp_path / "tuned"),
+        pretrained_model_name_or_path=str(tmp_path / "vae"),
+        decoder_only=True,
+        **QUICK,
+    )
+    finetune_vae.main(tuned)
+    after = AutoencoderKL.from_pretrained(tmp_path / "tuned").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith(("encoder", "quant_conv")))
+    assert not torch.equal(before["decoder.conv_out.weight"], after["decoder.conv_out.weight"])
+
+    base = train(phantom_data, tmp_path / "unet", vae=str(tmp_path / "vae"))
+    assert json.loads((base / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+    lora = train(phantom_data, tmp_path / "lora", pretrained_model_name_or_path=str(base), rank=2, vae=str(tmp_path / "tuned"))
+    loaded = MedSDPipeline.from_pretrained(lora).vae.state_dict()
+    assert torch.equal(loaded["decoder.conv_out.weight"], after["decoder.conv_out.weight"])
