@@ -26,12 +26,14 @@ def main(config: ClassifyConfig) -> None:
     from medsd.data.dataset import load_info
     from medsd.data.prepare import check_free
     from medsd.inference.pipeline import MedSDPipeline
-    from medsd.training.setup import quiet_libraries
+    from medsd.training.setup import quiet_libraries, use_all_cores
 
     quiet_libraries()
     output_dir = Path(config.output_dir)
     check_free(output_dir, config.overwrite)
-    pipe = MedSDPipeline.from_pretrained(config.pipeline).to(Accelerator().device)
+    accelerator = Accelerator()
+    use_all_cores(accelerator)
+    pipe = MedSDPipeline.from_pretrained(config.pipeline).to(accelerator.device)
     classes = load_info(config.dataset_name).class_names
     if not set(classes) & set(pipe.class_names):
         raise InputError(f"{config.dataset_name} has the classes {classes}, {config.pipeline} knows {pipe.class_names}: none in common")

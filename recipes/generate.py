@@ -25,12 +25,14 @@ def main(config: GenerateConfig) -> None:
     from medsd.data.prepare import check_free
     from medsd.inference.pipeline import MedSDPipeline, picture
     from medsd.training.preview import grid
-    from medsd.training.setup import quiet_libraries
+    from medsd.training.setup import quiet_libraries, use_all_cores
 
     quiet_libraries()
     output_dir = Path(config.output_dir)
     check_free(output_dir, config.overwrite)
-    pipe = MedSDPipeline.from_pretrained(config.pipeline).to(Accelerator().device)
+    accelerator = Accelerator()
+    use_all_cores(accelerator)
+    pipe = MedSDPipeline.from_pretrained(config.pipeline).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     names = check_classes(config.class_name, pipe)
     if config.scheduler:

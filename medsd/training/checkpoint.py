@@ -26,7 +26,7 @@ class TrainState:
     ) -> None:
         self.parameters = parameters
         self.optimizer, self.schedule = optimizer, schedule
-        self.ema = EMAModel(self.parameters.values(), decay=ema_decay) if ema_decay is not None else None
+        self.ema = EMAModel(self.parameters.values(), decay=ema_decay, foreach=True) if ema_decay is not None else None
 
     @property
     def size(self) -> int:

@@ -48,7 +48,15 @@ def build_accelerator(mixed_precision: str, accumulation: int, seed: int) -> Any
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--mixed_precision fp16 needs a GPU: use bf16 or no")
     set_seed(seed)
-    return Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation)
+    accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation)
+    use_all_cores(accelerator)
+    return accelerator
+
+
+def use_all_cores(accelerator: Any) -> None:
+    """On a CPU, share the cores among the processes; `accelerate launch` would leave each with one thread."""
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
 
 
 def start(
@@ -89,7 +97,7 @@ def batches(
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], learning_rate: float, use_8bit: bool) -> torch.optim.Optimizer:
     """AdamW without weight decay, so that a parameter without a gradient stays where it is."""
     if not use_8bit:
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
