@@ -62,7 +62,10 @@ def main() -> None:
     train, train_labels = images_and_labels(options.dataset_name, "train")
     test, labels = images_and_labels(options.dataset_name, "test")
     for feature in (histogram, thumbnail):
-        print(f"logistic regression on the {feature.__name__}: {best_regression(feature(train), train_labels, feature(test), labels):.3f}", flush=True)
+        print(
+            f"logistic regression on the {feature.__name__}: {best_regression(feature(train), train_labels, feature(test), labels):.3f}",
+            flush=True,
+        )
     print(f"UNet with shuffled conditions: {shuffled(options.pipeline, options.dataset_name, options.limit):.3f}")
 
 

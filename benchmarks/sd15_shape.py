@@ -75,7 +75,8 @@ def timed(title: str, *words: str) -> None:
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, *words], cwd=REPOSITORY)
     _, status, usage = os.wait4(process.pid, 0)
-    print(f"{title}: exit {os.waitstatus_to_exitcode(status)}, {time.perf_counter() - started:.0f} s, {usage.ru_maxrss / 2**20:.1f} GiB at most", flush=True)
+    seconds, peak = time.perf_counter() - started, usage.ru_maxrss / 2**20
+    print(f"{title}: exit {os.waitstatus_to_exitcode(status)}, {seconds:.0f} s, {peak:.1f} GiB at most", flush=True)
     if status:
         sys.exit(1)
 
@@ -90,7 +91,9 @@ def main() -> None:
         write_data(folder)
     quick = ["--max_train_steps", "1", "--train_batch_size", "1", "--validation_steps", "1000", "--no_use_ema", "--overwrite"]
     base = ["--pretrained_model_name_or_path", f"{folder}/base", "--dataset_name", f"{folder}/data"]
-    timed("one LoRA step", "recipes/finetune_unet.py", *base, "--rank", "16", "--output_dir", f"{folder}/lora", "--preview_steps", "1", *quick)
+    timed(
+        "one LoRA step", "recipes/finetune_unet.py", *base, "--rank", "16", "--output_dir", f"{folder}/lora", "--preview_steps", "1", *quick
+    )
     timed("classify one image with two classes", __file__, "--classify", str(folder))
 
 

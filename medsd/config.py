@@ -52,7 +52,7 @@ class PrepareDataConfig(RecipeConfig):
     labels: str | None = None
     """CSV with a row per image, for csv and dicom. A path relative to data_dir or to here."""
     image_column: str | None = None
-    """CSV column of the image's file name (relative to data_dir), or of its SOPInstanceUID. Default: the first of file, path, image, image_id, filename, dicom_name."""
+    """CSV column of the image's path below data_dir, name or stem. Default: the first of file, path, image, image_id, filename, dicom_name."""
     label_column: str = "label"
     """CSV column of the label."""
     patient_column: str | None = None
@@ -68,9 +68,9 @@ class PrepareDataConfig(RecipeConfig):
     resize: Literal["pad", "crop", "stretch"] = "pad"
     """How an image that is not square becomes square."""
     windows: tuple[str, ...] | None = None
-    """CT windows, one channel each: brain, subdural, bone, lung, abdomen, or CENTRE/WIDTH in HU. Default for CT: brain subdural bone (phantom: 50/130)."""
+    """CT windows, a channel each: brain, subdural, bone, lung, abdomen, CENTRE/WIDTH in HU. Default: brain subdural bone (phantom 50/130)."""
     prompt_template: str | None = None
-    """Sentence around the class, with {label} in it. Default: "a head CT with {label}" for the phantom, else "a medical image of {label}"."""
+    """Sentence around the class, with {label} in it. Default: "a medical image of {label}" (phantom: "a head CT with {label}")."""
     duplicates: Literal["refuse", "drop", "keep"] = "refuse"
     """What to do with identical images in two splits; drop takes them from train first, never from test."""
     max_quarantine: float = 0.05
@@ -190,13 +190,13 @@ class FinetuneUNetConfig(TrainingConfig):
     unconditional: bool = False
     """Ignore the classes: every prompt is the empty one."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
-    """What the UNet predicts. Default: the pretrained scheduler's, else epsilon."""
+    """What the UNet predicts. Default: the pretrained scheduler's, else v_prediction, which small models learn to draw with soonest."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
     """Noise schedule. Default: the pretrained scheduler's, else scaled_linear."""
     loss_type: Literal["l2", "l1", "huber"] = "l2"
     """Element-wise loss of the prediction."""
     snr_gamma: float | None = None
-    """Min-SNR-gamma loss weights (Hang et al., 2023); 5 is usual."""
+    """Min-SNR-gamma loss weights (Hang et al., 2023); 0 for none. Default: 20 from a preset, none for a pretrained model."""
     proportion_empty_prompts: float = 0.1
     """Share of training images whose prompt is dropped, so that guidance works."""
     class_sampling: Literal["natural", "balanced", "sqrt"] = "natural"
@@ -267,8 +267,8 @@ class GenerateConfig(RecipeConfig):
     """Images per class."""
     num_inference_steps: int = 30
     """Denoising steps."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance; 1 is none."""
+    guidance_scale: float = 2.0
+    """Classifier-free guidance (Ho and Salimans, 2022); 1 is none."""
     scheduler: str | None = None
     """Name of a diffusers scheduler class. Default: the pipeline's own."""
     seed: int = 0

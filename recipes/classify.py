@@ -1,7 +1,7 @@
 """Score the class likelihoods of a data set with a diffusion model, calibrate them on the validation split, and measure them.
 
-    python recipes/classify.py
-    python recipes/classify.py --pipeline runs/pneumoniamnist/unet --dataset_name runs/pneumoniamnist/data
+python recipes/classify.py
+python recipes/classify.py --pipeline runs/pneumoniamnist/unet --dataset_name runs/pneumoniamnist/data
 """
 
 import json
@@ -43,7 +43,10 @@ def main(config: ClassifyConfig) -> None:
     started = time.perf_counter()
     output = score(config, pipe, rows["image"], config.mode, config.split, class_prior(config, pipe))
     seconds = (time.perf_counter() - started) / len(rows)
-    metrics = measure(pipe, output, labels, rows["patient_id"]) | {"rows_per_image": float(output.rows.mean()), "seconds_per_image": seconds}
+    metrics = measure(pipe, output, labels, rows["patient_id"]) | {
+        "rows_per_image": float(output.rows.mean()),
+        "seconds_per_image": seconds,
+    }
     write(output_dir, config, pipe, output, rows, labels, metrics)
     say(metrics, output, output_dir)
 
@@ -125,7 +128,15 @@ def measure(pipe: "MedSDPipeline", output: "ClassifyOutput", labels: "np.ndarray
     return metrics | {"calibrated": output.calibrated}
 
 
-def write(output_dir: Path, config: ClassifyConfig, pipe: "MedSDPipeline", output: "ClassifyOutput", rows: Any, labels: "np.ndarray", metrics: dict[str, Any]) -> None:
+def write(
+    output_dir: Path,
+    config: ClassifyConfig,
+    pipe: "MedSDPipeline",
+    output: "ClassifyOutput",
+    rows: Any,
+    labels: "np.ndarray",
+    metrics: dict[str, Any],
+) -> None:
     """`likelihoods.parquet`, then `metrics.json`, which a finished folder has."""
     import pyarrow
     import pyarrow.parquet

@@ -94,6 +94,12 @@ def choose_trained(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> dict[st
     return {"unet": pipe.unet, "text_encoder": pipe.text_encoder} if learns else {"unet": pipe.unet}
 
 
+def default_snr_gamma(config: FinetuneUNetConfig) -> float | None:
+    """20 from random weights, none for a pretrained model, and none for 0."""
+    wanted = config.snr_gamma if config.snr_gamma is not None else 20.0 * (config.pretrained_model_name_or_path is None)
+    return wanted or None
+
+
 def default_learning_rate(config: FinetuneUNetConfig) -> float:
     """1e-3 from random weights, 1e-4 for adapters, 1e-5 for a pretrained model in full."""
     if config.pretrained_model_name_or_path is None:
@@ -134,14 +140,16 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
         find_checkpoint(output_dir, config.resume_from_checkpoint),
     )
     unet, text_encoder = networks["unet"], networks.get("text_encoder", pipe.text_encoder)
-    codec, schedule, intensity = pipe.codec, pipe.noise_schedule, pipe.data.intensity_map
+    codec, schedule, intensity, snr_gamma = pipe.codec, pipe.noise_schedule, pipe.data.intensity_map, default_snr_gamma(config)
     prompt_ids = tokenize(pipe.tokenizer, [*pipe.data.prompts, ""]).to(accelerator.device)
     rows = first_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples)
     stream = batches(accelerator, rows, config.train_batch_size, config.class_sampling, config.seed, done, config.dataloader_num_workers)
     held_out = HeldOut(pipe, config.dataset_name)
     record.environment(device=str(accelerator.device), attention=attention_kernel(pipe.unet), trained_parameters=state.size)
 
-    bar = tqdm(range(done + 1, config.max_train_steps + 1), initial=done, total=config.max_train_steps, disable=not accelerator.is_main_process)
+    bar = tqdm(
+        range(done + 1, config.max_train_steps + 1), initial=done, total=config.max_train_steps, disable=not accelerator.is_main_process
+    )
     for step in bar:
         # The training step.
         for _ in range(config.gradient_accumulation_steps):
@@ -154,7 +162,7 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
                 prompts = drop_prompts(batch["labels"], len(prompt_ids) - 1, config.proportion_empty_prompts, generator)
                 condition = encode(text_encoder, prompt_ids)[prompts]
                 error = denoising_error(unet, schedule, latents, noise, timesteps, condition, config.loss_type)
-                loss = (min_snr_weight(schedule, timesteps, config.snr_gamma) * error).mean()
+                loss = (min_snr_weight(schedule, timesteps, snr_gamma) * error).mean()
                 state.learn(accelerator, loss, config.max_grad_norm)
         state.finish_update()
 

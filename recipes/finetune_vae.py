@@ -1,7 +1,7 @@
 """Fine-tune an AutoencoderKL on medical images, or train one from a preset.
 
-    accelerate launch recipes/finetune_vae.py
-    accelerate launch recipes/finetune_vae.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --decoder_only
+accelerate launch recipes/finetune_vae.py
+accelerate launch recipes/finetune_vae.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --decoder_only
 """
 
 from pathlib import Path
@@ -80,7 +80,9 @@ def train(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec
     stream = batches(accelerator, rows, config.train_batch_size, "natural", config.seed, done, config.dataloader_num_workers)
     record.environment(device=str(accelerator.device), trained_parameters=state.size)
 
-    bar = tqdm(range(done + 1, config.max_train_steps + 1), initial=done, total=config.max_train_steps, disable=not accelerator.is_main_process)
+    bar = tqdm(
+        range(done + 1, config.max_train_steps + 1), initial=done, total=config.max_train_steps, disable=not accelerator.is_main_process
+    )
     for step in bar:
         # The training step.
         for _ in range(config.gradient_accumulation_steps):

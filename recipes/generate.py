@@ -1,7 +1,7 @@
 """Generate images of each class.
 
-    python recipes/generate.py
-    python recipes/generate.py --pipeline runs/phantom/unet --class_name epidural --num_images 8 --guidance_scale 2
+python recipes/generate.py
+python recipes/generate.py --pipeline runs/phantom/unet --class_name epidural --num_images 8 --guidance_scale 2
 """
 
 import json

@@ -1,7 +1,7 @@
 """Medical images -> a Parquet data set with class-token prompts, split by patient.
 
-    python recipes/prepare_data.py
-    python recipes/prepare_data.py --source images --data_dir scans --output_dir runs/scans/data
+python recipes/prepare_data.py
+python recipes/prepare_data.py --source images --data_dir scans --output_dir runs/scans/data
 """
 
 from pathlib import Path

@@ -136,9 +136,7 @@ def test_intervals_resample_patients_not_images():
     patients = [f"p{i}" for i in range(60)]
     alone = evaluate(probabilities, labels, patients, resamples=400)
     repeated = np.repeat(np.arange(60), 10)
-    clustered = evaluate(
-        probabilities[repeated], labels[repeated], [patients[i] for i in repeated], resamples=400
-    )
+    clustered = evaluate(probabilities[repeated], labels[repeated], [patients[i] for i in repeated], resamples=400)
     unaware = evaluate(probabilities[repeated], labels[repeated], resamples=400)
     for name in ("accuracy", "auroc", "nll"):
         assert clustered[f"{name}_ci"] == pytest.approx(alone[f"{name}_ci"])

@@ -107,13 +107,23 @@ def test_help_is_quick_and_names_every_flag(recipe):
     from dataclasses import fields
 
     started = time.perf_counter()
-    answer = subprocess.run([sys.executable, f"recipes/{recipe.section}.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, f"recipes/{recipe.section}.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert time.perf_counter() - started < 3
     assert all(f"--{field.name}" in answer.stdout for field in fields(recipe))
     assert "--config" in answer.stdout
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; sys.argv = ['x', '--help']; sys.path.insert(0, 'recipes')\ntry:\n    import finetune_unet\n    finetune_unet.run(finetune_unet.main, finetune_unet.FinetuneUNetConfig)\nexcept SystemExit:\n    pass\nprint('HEAVY', [m for m in ('torch', 'numpy', 'diffusers', 'datasets') if m in sys.modules])"
+    code = """
+import sys
+sys.argv, sys.path = ["x", "--help"], ["recipes", *sys.path]
+import finetune_unet
+try:
+    finetune_unet.run(finetune_unet.main, finetune_unet.FinetuneUNetConfig)
+except SystemExit:
+    print("HEAVY", [name for name in ("torch", "numpy", "diffusers", "datasets") if name in sys.modules])
+"""
     answer = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "HEAVY []" in answer.stdout

@@ -8,7 +8,9 @@ from medsd.objectives.diffusion import denoising_error, epsilon_error_factor, lo
 
 
 def schedule(kind, **changes):
-    return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=kind, clip_sample=False, **changes)
+    return DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=kind, clip_sample=False, **changes
+    )
 
 
 @pytest.fixture
@@ -41,7 +43,9 @@ def test_error_is_the_hand_written_formula(kind, tensors):
     assert seen["condition"] is None and torch.equal(seen["t"], timesteps)
 
 
-@pytest.mark.parametrize(("loss_type", "formula"), [("l1", lambda d: d.abs()), ("huber", lambda d: torch.where(d.abs() < 1, d**2 / 2, d.abs() - 0.5))])
+@pytest.mark.parametrize(
+    ("loss_type", "formula"), [("l1", lambda d: d.abs()), ("huber", lambda d: torch.where(d.abs() < 1, d**2 / 2, d.abs() - 0.5))]
+)
 def test_other_losses(loss_type, formula, tensors):
     latents, noise, guess, timesteps = tensors
     error = denoising_error(lambda *_: guess, schedule("epsilon"), latents, noise, timesteps, None, loss_type)

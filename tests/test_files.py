@@ -116,7 +116,9 @@ def test_real_ct_equals_pydicom(real_data):
         expected = dataset.pixel_array.astype(float) * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
         pixels = read_image(file)[0]
         padding = dataset.get("PixelPaddingValue")
-        real = np.ones(pixels.shape, bool) if padding is None else dataset.pixel_array != np.array(padding).astype(dataset.pixel_array.dtype)
+        real = (
+            np.ones(pixels.shape, bool) if padding is None else dataset.pixel_array != np.array(padding).astype(dataset.pixel_array.dtype)
+        )
         np.testing.assert_array_equal(pixels[real], expected[real])
         assert pixels.dtype == np.int16 and pixels.max() > 255
 

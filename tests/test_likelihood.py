@@ -107,7 +107,9 @@ def test_posterior_mode_gives_nearly_the_full_probabilities():
     plan = make_plan(scheduler, 256, tuple(latents.shape[1:]), seed=2)
     full = score_classes(world.predict, scheduler, latents, world.conditions, plan, batch_size=1024)
     calibration = fit_calibration(full.log_likelihoods, np.repeat([0, 1, 2], 40))
-    stopped = score_classes(world.predict, scheduler, latents, world.conditions, plan, "posterior", calibration=calibration, batch_size=1024)
+    stopped = score_classes(
+        world.predict, scheduler, latents, world.conditions, plan, "posterior", calibration=calibration, batch_size=1024
+    )
     difference = np.abs(posterior(stopped.log_likelihoods, calibration) - posterior(full.log_likelihoods, calibration))
     assert difference.mean() < 0.02
     assert stopped.rows.mean() < full.rows.mean()

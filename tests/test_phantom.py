@@ -9,8 +9,9 @@ import pydicom
 import pytest
 from PIL import Image
 
-from medsd.data import phantom
-from medsd.data.phantom import BLEED_AREA, CLASSES, MAX_SLICES, SCANNERS, slice_image, write_phantom
+from medsd.data import phantom, phantom_anatomy
+from medsd.data.phantom import write_phantom
+from medsd.data.phantom_anatomy import BLEED_AREA, CLASSES, MAX_SLICES, SCANNERS, draw_patient, slice_image, stream_of
 from medsd.errors import InputError
 
 BLEEDS = CLASSES[1:]
@@ -28,11 +29,11 @@ def rows(written) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def anatomy(patient: int, index: int, label: str) -> phantom.Anatomy:
+def anatomy(patient: int, index: int, label: str) -> phantom_anatomy.Anatomy:
     """The geometry that `slice_image(0, patient, index, label)` draws into."""
-    areas = phantom._rng(0, patient, index + 1, 0).uniform(*zip(phantom.SCALP_BLEED_AREA, BLEED_AREA, strict=True))
+    areas = stream_of(0, patient, index + 1, 0).uniform(*zip(phantom_anatomy.SCALP_BLEED_AREA, BLEED_AREA, strict=True))
     swelling = areas[1] if label == "intraventricular" else 0.0
-    return phantom._anatomy(phantom._patient(0, patient), index, SIZE, swelling, phantom._rng(0, patient, index + 1, 1))
+    return phantom_anatomy._anatomy(draw_patient(0, patient), index, SIZE, swelling, stream_of(0, patient, index + 1, 1))
 
 
 def bleeds(label: str, count: int = 24):
@@ -76,7 +77,7 @@ def test_blood_is_as_dense_as_blood(label):
         assert 45 < np.median(image[mask > 0]) < 85
 
 
-def arc(place: phantom.Anatomy, mask: np.ndarray) -> float:
+def arc(place: phantom_anatomy.Anatomy, mask: np.ndarray) -> float:
     """Length of the inner skull beside the mask, mm."""
     turns = np.unique(np.floor(np.rad2deg(place.angle[mask]) / 3))
     return len(turns) * np.deg2rad(3) * place.inner[mask].mean()
@@ -125,10 +126,10 @@ def test_every_slice_has_blood_outside_the_skull_and_never_in_the_mask():
 
 @pytest.mark.parametrize("scanner", SCANNERS)
 def test_dicom_gives_back_the_same_hu_on_every_scanner(scanner, tmp_path):
-    patient = next(p for p in range(100) if phantom._patient(0, p).scanner == scanner)
+    patient = next(p for p in range(100) if draw_patient(0, p).scanner == scanner)
     header = phantom._header(0, patient, "PH", 64)
     image, _ = slice_image(0, patient, 4, "epidural", size=64)
-    phantom._write_dicom(tmp_path / "a.dcm", header, image[0], phantom._patient(0, patient), 4)
+    phantom._write_dicom(tmp_path / "a.dcm", header, image[0], draw_patient(0, patient), 4)
     read = pydicom.dcmread(tmp_path / "a.dcm")
     assert np.array_equal(read.pixel_array * float(read.RescaleSlope) + float(read.RescaleIntercept), image[0])
     assert read.PixelRepresentation == scanner.signed and read.ManufacturerModelName == scanner.model

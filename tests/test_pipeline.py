@@ -53,12 +53,19 @@ def draw(pipe, **options):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_plain_diffusers_loads_the_folder_and_draws_the_same_image(info, tmp_path, channels, guidance_scale):
-    pipe = pipeline(info if channels == 1 else replace(info, intensity=parse_windows(("brain", "subdural", "bone")).to_dict()), small_vae(channels))
+    pipe = pipeline(
+        info if channels == 1 else replace(info, intensity=parse_windows(("brain", "subdural", "bone")).to_dict()), small_vae(channels)
+    )
     pipe.save_pretrained(tmp_path / "sd")
     plain = StableDiffusionPipeline.from_pretrained(tmp_path / "sd")
     plain.set_progress_bar_config(disable=True)
     ours = draw(pipe, class_name="epidural", output_type="np", guidance_scale=guidance_scale)
-    options = {"num_inference_steps": 3, "guidance_scale": guidance_scale, "output_type": "np", "generator": torch.Generator().manual_seed(1)}
+    options = {
+        "num_inference_steps": 3,
+        "guidance_scale": guidance_scale,
+        "output_type": "np",
+        "generator": torch.Generator().manual_seed(1),
+    }
     theirs = plain("a head CT with <epidural>", **options).images
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
@@ -152,7 +159,11 @@ def test_images_of_other_sizes_and_kinds(info, images):
 
 def test_names_and_prompts_are_checked(info):
     pipe = pipeline(info)
-    for options, message in [({"class_name": "glioma"}, "unknown class"), ({}, "say what"), ({"class_name": "normal", "prompt": "x"}, "exclude")]:
+    for options, message in [
+        ({"class_name": "glioma"}, "unknown class"),
+        ({}, "say what"),
+        ({"class_name": "normal", "prompt": "x"}, "exclude"),
+    ]:
         with pytest.raises(InputError, match=message):
             draw(pipe, **options)
     with pytest.raises(InputError, match="--prompt_template"):

@@ -90,7 +90,9 @@ def test_table_with_patients_splits_by_patient(tmp_path):
 
 def test_given_splits_are_kept_and_checked(tmp_path):
     folder = images(tmp_path / "scans", count=6)
-    lines = ["image,label,patient,fold"] + [f"{row.name},{row.label},p{i},{'test' if i % 3 == 0 else 'training'}" for i, row in enumerate(image_folder(folder))]
+    lines = ["image,label,patient,fold"] + [
+        f"{row.name},{row.label},p{i},{'test' if i % 3 == 0 else 'training'}" for i, row in enumerate(image_folder(folder))
+    ]
     (folder / "labels.csv").write_text("\n".join(lines))
     rows = table(folder, folder / "labels.csv", "label", patient_column="patient", split_column="fold")
     assert prepare(rows, tmp_path / "data", OPTIONS, SALT, "test")["images"] == {"train": 8, "validation": 0, "test": 4}

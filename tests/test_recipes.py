@@ -16,7 +16,15 @@ from medsd.config import ClassifyConfig, FinetuneUNetConfig, GenerateConfig
 from medsd.errors import InputError
 from recipes import classify, finetune_unet, generate
 
-QUICK = {"max_train_steps": 2, "validation_steps": 2, "checkpointing_steps": 1, "logging_steps": 1, "train_batch_size": 4, "report_to": "none", "lr_scheduler": "constant"}
+QUICK = {
+    "max_train_steps": 2,
+    "validation_steps": 2,
+    "checkpointing_steps": 1,
+    "logging_steps": 1,
+    "train_batch_size": 4,
+    "report_to": "none",
+    "lr_scheduler": "constant",
+}
 
 
 def train(data, folder, **flags):
@@ -62,7 +70,9 @@ def test_latest_starts_anew_without_a_checkpoint(phantom_data, run, tmp_path):
 
 
 def test_accumulation_counts_updates(phantom_data, tmp_path):
-    folder = train(phantom_data, tmp_path / "unet", gradient_accumulation_steps=2, gradient_checkpointing=True, mixed_precision="bf16", random_shift=2)
+    folder = train(
+        phantom_data, tmp_path / "unet", gradient_accumulation_steps=2, gradient_checkpointing=True, mixed_precision="bf16", random_shift=2
+    )
     assert len(losses(folder)) == 2 and all(np.isfinite(losses(folder)))
 
 
@@ -90,7 +100,9 @@ def test_words_instead_of_tokens(phantom_data, tmp_path):
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_other_predictions(phantom_data, tmp_path, prediction_type):
-    pipe = MedSDPipeline.from_pretrained(train(phantom_data, tmp_path / "unet", prediction_type=prediction_type, snr_gamma=5.0, loss_type="huber"))
+    pipe = MedSDPipeline.from_pretrained(
+        train(phantom_data, tmp_path / "unet", prediction_type=prediction_type, snr_gamma=5.0, loss_type="huber")
+    )
     assert pipe.scheduler.config.prediction_type == pipe.noise_schedule.config.prediction_type == prediction_type
 
 
@@ -105,12 +117,18 @@ def test_lora_reloads_equal_with_another_alpha(phantom_data, run, tmp_path):
     checkpoint = load_file(folder / "checkpoint-2" / "weights.safetensors")
     adapted = dict(pipe.unet.named_parameters())
     trained = {name.removeprefix("unet."): value for name, value in checkpoint.items() if name.startswith("unet.")}
-    assert trained and all(torch.equal(adapted[name.replace(".default.", ".default_0.")] if name not in adapted else adapted[name], value) for name, value in trained.items())
+    assert trained and all(
+        torch.equal(adapted[name.replace(".default.", ".default_0.")] if name not in adapted else adapted[name], value)
+        for name, value in trained.items()
+    )
     layer = next(module for module in pipe.unet.modules() if hasattr(module, "scaling"))
     assert set(layer.scaling.values()) == {4.0}
     again = tmp_path / "again"
     pipe.save_pretrained(again)
-    image, other = (p(class_name="normal", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images for p in (pipe, MedSDPipeline.from_pretrained(folder)))
+    image, other = (
+        p(class_name="normal", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+        for p in (pipe, MedSDPipeline.from_pretrained(folder))
+    )
     np.testing.assert_array_equal(image, other)
 
 
@@ -138,7 +156,12 @@ def test_a_run_goes_on_with_other_classes(phantom_data, run, tmp_path):
     from medsd.data.dataset import load_info
 
     pipe = MedSDPipeline.from_pretrained(run)
-    info = replace(load_info(phantom_data), class_names=["glioma", "normal"], class_tokens=["<glioma>", "<normal>"], prompts=["an MRI of <glioma>", "an MRI of <normal>"])
+    info = replace(
+        load_info(phantom_data),
+        class_names=["glioma", "normal"],
+        class_tokens=["<glioma>", "<normal>"],
+        prompts=["an MRI of <glioma>", "an MRI of <normal>"],
+    )
     size = len(pipe.tokenizer)
     pipe.adopt(info)
     assert pipe.class_names == ["glioma", "normal"] and len(pipe.tokenizer) == size + 1
@@ -147,7 +170,9 @@ def test_a_run_goes_on_with_other_classes(phantom_data, run, tmp_path):
 
 
 def test_generate_writes_images_by_class(run, tmp_path):
-    config = GenerateConfig(pipeline=str(run), output_dir=str(tmp_path / "images"), num_images=3, num_inference_steps=2, batch_size=2, guidance_scale=2.0)
+    config = GenerateConfig(
+        pipeline=str(run), output_dir=str(tmp_path / "images"), num_images=3, num_inference_steps=2, batch_size=2, guidance_scale=2.0
+    )
     generate.main(config)
     manifest = [json.loads(line) for line in (tmp_path / "images" / "manifest.jsonl").read_text().splitlines()]
     assert len(manifest) == 18 and manifest[2] == {"file": "normal/00002.png", "class": "normal", "seed": 2}
@@ -160,10 +185,16 @@ def test_generate_writes_images_by_class(run, tmp_path):
 
 
 def test_classify_writes_scores_and_calibrates_the_folder(phantom_data, run, tmp_path):
-    config = ClassifyConfig(pipeline=str(run), dataset_name=str(phantom_data), output_dir=str(tmp_path / "scores"), max_pairs=4, max_samples=36)
+    config = ClassifyConfig(
+        pipeline=str(run), dataset_name=str(phantom_data), output_dir=str(tmp_path / "scores"), max_pairs=4, max_samples=36
+    )
     classify.main(config)
     table = pyarrow.parquet.read_table(tmp_path / "scores" / "likelihoods.parquet").to_pydict()
-    assert list(table)[:6] == ["key", "patient_id", "label", "prediction", "pairs", "rows"] and {"loglik/normal", "se/epidural", "prob/subdural"} <= set(table)
+    assert list(table)[:6] == ["key", "patient_id", "label", "prediction", "pairs", "rows"] and {
+        "loglik/normal",
+        "se/epidural",
+        "prob/subdural",
+    } <= set(table)
     assert sum(table[f"prob/{name}"][0] for name in set(table["label"])) == pytest.approx(1)
     metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     assert {"n", "auroc", "auroc_ci", "ece", "ece_floor", "rows_per_image", "seconds_per_image", "auroc/epidural"} <= set(metrics)

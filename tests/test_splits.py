@@ -99,9 +99,7 @@ def test_a_split_of_fraction_zero_stays_empty():
     assert split_patients([], []) == []
 
 
-@pytest.mark.parametrize(
-    "fractions", [(0.7, 0.1), (0.7, 0.1, 0.1), (1.2, -0.4, 0.2), (float("nan"), 0.5, 0.5)]
-)
+@pytest.mark.parametrize("fractions", [(0.7, 0.1), (0.7, 0.1, 0.1), (1.2, -0.4, 0.2), (float("nan"), 0.5, 0.5)])
 def test_wrong_fractions_are_refused_by_the_name_of_their_flag(fractions):
     with pytest.raises(InputError, match="--split_fractions"):
         split_patients(["a"], [0], fractions)

@@ -50,7 +50,9 @@ class DataInfo:
         """The same data with plain words in place of class tokens, if there are any."""
         if not self.class_tokens:
             return self
-        prompts = [prompt.replace(token, name) for prompt, token, name in zip(self.prompts, self.class_tokens, self.class_names, strict=True)]
+        prompts = [
+            prompt.replace(token, name) for prompt, token, name in zip(self.prompts, self.class_tokens, self.class_names, strict=True)
+        ]
         return replace(self, prompts=prompts, class_tokens=[])
 
     def without_classes(self) -> "DataInfo":

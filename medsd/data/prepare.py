@@ -74,7 +74,9 @@ class Example:
     split: str = ""
 
 
-def prepare(rows: Sequence[Row], output_dir: Path, options: PrepareOptions, salt: bytes, salt_name: str, overwrite: bool = False) -> dict[str, Any]:
+def prepare(
+    rows: Sequence[Row], output_dir: Path, options: PrepareOptions, salt: bytes, salt_name: str, overwrite: bool = False
+) -> dict[str, Any]:
     """Write `output_dir` and `output_dir.private`; returns the summary that is also in `summary.json`.
 
     Raises InputError for a folder in use, too many unreadable files, a patient in two splits, or duplicates across splits.
@@ -140,7 +142,9 @@ def _decode_all(rows: Sequence[Row], options: PrepareOptions) -> tuple[list[Exam
 
     decode = partial(_decode_row, resolution=options.resolution, resize=options.resize)
     examples, quarantine = [], []
-    for row, outcome in zip(rows, tqdm(_map(decode, rows, options.num_workers), total=len(rows), desc="reading", unit="image"), strict=True):
+    for row, outcome in zip(
+        rows, tqdm(_map(decode, rows, options.num_workers), total=len(rows), desc="reading", unit="image"), strict=True
+    ):
         if isinstance(outcome, Example):
             examples.append(outcome)
         else:
@@ -285,7 +289,9 @@ def _write(
         _write_shards(partial_dir / "data", split, [example for example in examples if example.split == split], info, salt)
     _write_json(partial_dir / INFO_FILE, info.to_dict())
     _write_json(partial_dir / "summary.json", summary)
-    _write_lines(partial_dir / "quarantine.jsonl", [{"key": _hash(salt, q["name"]), "stage": q["stage"], "reason": _nameless(q)} for q in quarantine])
+    _write_lines(
+        partial_dir / "quarantine.jsonl", [{"key": _hash(salt, q["name"]), "stage": q["stage"], "reason": _nameless(q)} for q in quarantine]
+    )
     _write_lines(partial_private / "quarantine.jsonl", quarantine)
     _write_keys(partial_private / "keys.parquet", examples, salt)
     _write_json(partial_private / "salt.json", {"name": salt_name})

@@ -92,7 +92,14 @@ class TrainingOrder(Sampler[list[int]]):
     """
 
     def __init__(
-        self, labels: Sequence[int], batch_size: int, class_sampling: str = "natural", seed: int = 0, start: int = 0, rank: int = 0, world: int = 1
+        self,
+        labels: Sequence[int],
+        batch_size: int,
+        class_sampling: str = "natural",
+        seed: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.labels, self.batch_size, self.class_sampling = np.asarray(labels), batch_size, class_sampling
         self.seed, self.start, self.rank, self.world = seed, start, rank, world

@@ -74,8 +74,7 @@ def classification_metrics(
     bootstrap, floor = np.random.default_rng(seed).spawn(2)
 
     blocks = [
-        _statistics(probabilities, labels, class_names, patient_of, counts)
-        for counts in _count_blocks(patient_of, resamples, bootstrap)
+        _statistics(probabilities, labels, class_names, patient_of, counts) for counts in _count_blocks(patient_of, resamples, bootstrap)
     ]
     series = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
@@ -185,9 +184,7 @@ def _statistics(
     }
 
 
-def _patient_statistics(
-    probabilities: Floats, labels: NDArray, patient_of: NDArray, counts: Floats
-) -> dict[str, Floats]:
+def _patient_statistics(probabilities: Floats, labels: NDArray, patient_of: NDArray, counts: Floats) -> dict[str, Floats]:
     if _patients_of_several_classes(labels, patient_of):
         missing = np.full(len(counts), np.nan)
         return {"patient_accuracy": missing, "patient_auroc": missing}
@@ -207,9 +204,7 @@ def _patients_of_several_classes(labels: NDArray, patient_of: NDArray) -> int:
     return len(np.unique(patient_of[labels != one_label[patient_of]]))
 
 
-def _per_class(
-    statistic: Callable[..., Floats], probabilities: Floats, truth: NDArray, weights: Floats
-) -> Floats:
+def _per_class(statistic: Callable[..., Floats], probabilities: Floats, truth: NDArray, weights: Floats) -> Floats:
     """A ranking statistic of each class against the rest: `(R, K)`."""
     columns = zip(probabilities.T, truth.T, strict=True)
     return np.stack([statistic(scores, positive, weights) for scores, positive in columns], axis=1)
@@ -321,10 +316,7 @@ def _why_undefined(labels: NDArray, class_names: Sequence[str], patient_of: NDAr
 def _why_no_interval(patient_of: NDArray) -> str:
     if patient_of.max() == 0:
         return "Only one patient: an interval needs at least 2 to resample."
-    return (
-        "Too few patients have the class, or lack it: "
-        f"fewer than {DEFINED_SHARE:.0%} of the resamples hold both kinds."
-    )
+    return f"Too few patients have the class, or lack it: fewer than {DEFINED_SHARE:.0%} of the resamples hold both kinds."
 
 
 def _check(
@@ -345,9 +337,7 @@ def _check(
             f"{probabilities.shape}, labels {labels.shape} and {len(patients)} patients: one row per image."
         )
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= classes:
-        raise InputError(
-            f"Labels must be class indices 0 to {classes - 1}: leave out the images without a label."
-        )
+        raise InputError(f"Labels must be class indices 0 to {classes - 1}: leave out the images without a label.")
     if not (np.all(probabilities >= 0) and np.allclose(probabilities.sum(1), 1, rtol=0, atol=1e-3)):
         raise InputError("Probabilities must be at least 0 and sum to 1 in each row: normalise them first.")
     if resamples < 1:

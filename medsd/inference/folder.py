@@ -80,7 +80,11 @@ def check_folder(folder: Path) -> None:
     if not (folder / INDEX_FILE).is_file():
         raise InputError(f"{folder} has no {INDEX_FILE}, so it is not a finished pipeline folder{_training_state(folder)}")
     index = json.loads((folder / INDEX_FILE).read_text())
-    needed = [name for name, value in index.items() if isinstance(value, list) and value[0] and name in {"vae", "unet", "text_encoder", "tokenizer", "scheduler"}]
+    needed = [
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and value[0] and name in {"vae", "unet", "text_encoder", "tokenizer", "scheduler"}
+    ]
     for part in needed:
         if not (folder / part).is_dir() or not any((folder / part).iterdir()):
             raise InputError(f"{folder}: the part {part}/ is missing although {INDEX_FILE} names it: copy the folder again")

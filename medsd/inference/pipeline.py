@@ -40,8 +40,9 @@ SD_SCHEDULE = {
     "steps_offset": 1,
     "clip_sample": False,
     "set_alpha_to_one": False,
+    "prediction_type": "v_prediction",
 }
-"""Stable Diffusion's noise schedule; with other offsets plain diffusers would change it on loading."""
+"""Stable Diffusion's noise schedule (2.x predicts v); with another offset plain diffusers would change it on loading."""
 FOREIGN_DATA = {"intensity": Range(0.0, 255.0).to_dict(), "resize": "pad", "image_channels": 3, "unit": "grey value", "fingerprint": ""}
 
 
@@ -300,7 +301,10 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
     def from_preset(
         cls, name: str, data: DataInfo, vae: Any = None, pixel_factor: int = 4, pixel_mean: float = 0.0, pixel_std: float = 1.0
     ) -> "MedSDPipeline":
-        """A model with random weights for `data`, in the latents of `vae` or in pixels; the mean and standard deviation are those of its images in `[-1, 1]`."""
+        """A model with random weights for `data`, in the latents of `vae` or in pixels.
+
+        `pixel_mean` and `pixel_std` are those of the images in `[-1, 1]`.
+        """
         preset = PRESETS[name]
         codec = PixelCodec(data.channels, pixel_factor, pixel_mean, pixel_std) if vae is None else KLCodec(vae, data.channels)
         codec.check_side(data.resolution)

@@ -49,7 +49,9 @@ class PixelCodec:
     def check_side(self, resolution: int) -> None:
         """Raise InputError where images of this side cannot be folded."""
         if resolution % self.factor:
-            raise InputError(f"images of {resolution} px do not divide by {self.factor}: change --pixel_factor or prepare another --resolution")
+            raise InputError(
+                f"images of {resolution} px do not divide by {self.factor}: change --pixel_factor or prepare another --resolution"
+            )
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Inverse of `encode`."""

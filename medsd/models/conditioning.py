@@ -66,12 +66,10 @@ def set_embeddings(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, embedd
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> torch.Tensor:
     """Token ids `(B, max_tokens)`, padded; raises InputError where a prompt is longer than the text encoder reads."""
-    ids = tokenizer(list(prompts), padding="max_length", truncation=False).input_ids
+    ids, most = tokenizer(list(prompts), padding="max_length", truncation=False).input_ids, tokenizer.model_max_length
     for prompt, row in zip(prompts, ids, strict=True):
-        if len(row) > tokenizer.model_max_length:
-            raise InputError(
-                f'the prompt "{prompt}" is {len(row)} tokens long, the text encoder reads {tokenizer.model_max_length}: shorten --prompt_template'
-            )
+        if len(row) > most:
+            raise InputError(f'the prompt "{prompt}" is {len(row)} tokens long, the text encoder reads {most}: shorten --prompt_template')
     return torch.tensor(ids)
 
 

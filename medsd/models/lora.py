@@ -11,7 +11,7 @@ ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int, alpha: int | None, frozen_dtype: torch.dtype) -> None:
-    """Freeze the UNet, in `frozen_dtype`, and add trainable float32 adapters of scale alpha/rank to its attention layers (Hu et al., 2021)."""
+    """Freeze the UNet, in `frozen_dtype`, and add float32 adapters of scale alpha/rank to its attention layers (Hu et al., 2021)."""
     from peft import LoraConfig
 
     unet.requires_grad_(False).to(frozen_dtype)

@@ -24,6 +24,18 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "tiny": Preset((32, 64), 1, (False, True), 4, text_width=64, text_layers=1, text_heads=2, text_tokens=24, vae_channels=(32, 64, 64)),
-    "small": Preset((64, 128, 256), 2, (False, True, True), 8, text_width=256, text_layers=2, text_heads=4, text_tokens=32, vae_channels=(64, 128, 128)),
-    "sd15": Preset((320, 640, 1280, 1280), 2, (True, True, True, False), 8, text_width=768, text_layers=12, text_heads=12, text_tokens=77, vae_channels=(128, 256, 512, 512)),
+    "small": Preset(
+        (64, 128, 256), 2, (False, True, True), 8, text_width=256, text_layers=2, text_heads=4, text_tokens=32, vae_channels=(64, 128, 128)
+    ),
+    "sd15": Preset(
+        (320, 640, 1280, 1280),
+        2,
+        (True, True, True, False),
+        8,
+        text_width=768,
+        text_layers=12,
+        text_heads=12,
+        text_tokens=77,
+        vae_channels=(128, 256, 512, 512),
+    ),
 }

@@ -13,6 +13,7 @@ from medsd.inference.pipeline import MedSDPipeline, picture
 from medsd.objectives.diffusion import denoising_error
 
 PREVIEW_STEPS = 20
+PREVIEW_GUIDANCE = 2.0
 QUICK_PAIRS = 8
 
 
@@ -67,7 +68,14 @@ def preview(pipe: MedSDPipeline, columns: int = 4, seed: int = 0, names: Sequenc
     rows = []
     for name in names or pipe.class_names or [None]:
         generators = [torch.Generator().manual_seed(seed + column) for column in range(columns)]
-        images = pipe(class_name=name, num_images_per_prompt=columns, generator=generators, num_inference_steps=PREVIEW_STEPS, output_type="pt").images
+        images = pipe(
+            class_name=name,
+            num_images_per_prompt=columns,
+            generator=generators,
+            num_inference_steps=PREVIEW_STEPS,
+            guidance_scale=PREVIEW_GUIDANCE if name else 1.0,
+            output_type="pt",
+        ).images
         rows.append(images * 2 - 1)
     return grid(torch.stack(rows))
 

@@ -50,7 +50,12 @@ class RunRecord:
     def environment(self, **facts: Any) -> None:
         """Write `environment.json`: versions, commit, machine, and `facts` such as the attention kernel."""
         if self.writes:
-            record = {"packages": _versions(), "commit": _commit(), "python": platform.python_version(), "machine": platform.machine()} | facts
+            record = {
+                "packages": _versions(),
+                "commit": _commit(),
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+            } | facts
             (self.folder / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def log(self, step: int, **numbers: float) -> None:
