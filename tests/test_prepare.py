@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from medsd.config import parse, PrepareDataConfig
+from medsd.config import PrepareDataConfig, parse
 from medsd.data.dataset import load_dataset, load_info
 from medsd.data.files import RASTER_SUFFIXES
 from medsd.data.prepare import PrepareOptions, load_salt, prepare
