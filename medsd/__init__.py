@@ -1,6 +1,7 @@
 """medsd: fine-tune diffusion models on medical images, and use the same model as a calibrated classifier."""
 
 import importlib
+import logging
 from typing import Any
 
 __version__ = "0.1.0"
@@ -13,6 +14,11 @@ _HOMES = {
     "InputError": "medsd.errors",
 }
 __all__ = ["MedSDPipeline", "load_dataset", "load_info", "read_image", "InputError", "__version__"]
+
+
+for _library in ("bitsandbytes", "xformers", "transformers.utils.import_utils"):
+    # They warn of what is left out on purpose: torchvision, and kernels for another device.
+    logging.getLogger(_library).setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,6 @@ other's folders. The parser is imported here and nowhere else.
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -52,7 +51,7 @@ class PrepareDataConfig(RecipeConfig):
     labels: str | None = None
     """CSV with a row per image, for csv and dicom. A path relative to data_dir or to here."""
     image_column: str | None = None
-    """CSV column of the image's path below data_dir, name or stem. Default: the first of file, path, image, image_id, filename, dicom_name."""
+    """CSV column of the image's path, name or stem. Default: the first of file, path, image, image_id, filename, dicom_name."""
     label_column: str = "label"
     """CSV column of the label."""
     patient_column: str | None = None
@@ -63,12 +62,12 @@ class PrepareDataConfig(RecipeConfig):
     """Shares of train, validation and test patients where the source gives no split."""
     class_names: tuple[str, ...] | None = None
     """Names for the labels 0, 1, 2, ... of an npz, or the order of the classes. Default: sorted labels."""
-    resolution: int = 64
-    """Side of the square images in pixels; larger images shrink to it, smaller ones are padded."""
+    resolution: int | None = None
+    """Side of the square images in pixels; larger images shrink to it, smaller ones are padded. Default: 256 (phantom 64)."""
     resize: Literal["pad", "crop", "stretch"] = "pad"
     """How an image that is not square becomes square."""
     windows: tuple[str, ...] | None = None
-    """CT windows, a channel each: brain, subdural, bone, lung, abdomen, CENTRE/WIDTH in HU. Default: brain subdural bone (phantom 50/130)."""
+    """CT windows, a channel each: brain, subdural, bone, lung, abdomen, CENTRE/WIDTH. Default for CT: brain subdural bone (phantom 50/130)."""
     prompt_template: str | None = None
     """Sentence around the class, with {label} in it. Default: "a medical image of {label}" (phantom: "a head CT with {label}")."""
     duplicates: Literal["refuse", "drop", "keep"] = "refuse"
@@ -336,8 +335,6 @@ def parse(recipe: type[Config], argv: Sequence[str]) -> Config:
 
 def run(main: Callable[[Config], None], recipe: type[Config]) -> None:
     """Parse the command line and call `main`; end with one line and the contract's exit code where something is wrong."""
-    for library in ("bitsandbytes", "xformers", "torch.distributed.elastic"):
-        logging.getLogger(library).setLevel(logging.ERROR)
     config = _or_exit(lambda: parse(recipe, sys.argv[1:]), USAGE_ERROR)
     _or_exit(lambda: main(config), USER_ERROR)
 

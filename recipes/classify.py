@@ -56,10 +56,9 @@ def labelled_rows(config: ClassifyConfig, pipe: "MedSDPipeline", split: str) -> 
     import numpy as np
 
     from medsd.data.dataset import load_dataset
+    from medsd.data.transforms import sample_rows
 
-    rows = load_dataset(config.dataset_name, split)
-    if config.max_samples and config.max_samples < len(rows):
-        rows = rows.select(np.sort(np.random.default_rng(config.seed).permutation(len(rows))[: config.max_samples]))
+    rows = sample_rows(load_dataset(config.dataset_name, split), config.max_samples, config.seed)
     names = rows.features["label"].names
     order = np.array([pipe.class_names.index(name) if name in pipe.class_names else -1 for name in names])
     return rows, order[np.asarray(rows["label"])]

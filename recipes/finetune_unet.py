@@ -45,12 +45,12 @@ def main(config: FinetuneUNetConfig) -> None:
 def data_info(config: FinetuneUNetConfig) -> "DataInfo":
     """`medsd.json` of the data; the default data set, the phantom, is made where it is not there yet."""
     from medsd.data.dataset import load_info
-    from medsd.data.prepare import PrepareOptions, prepare_phantom
+    from medsd.data.prepare import PHANTOM_RESOLUTION, PrepareOptions, prepare_phantom
 
     default = FinetuneUNetConfig().dataset_name
     if config.dataset_name == default and not Path(default).exists():
         print(f"making the phantom, a procedural head CT, in {default}")
-        prepare_phantom(Path(default), PrepareOptions(resolution=64))
+        prepare_phantom(Path(default), PrepareOptions(PHANTOM_RESOLUTION))
     info = load_info(config.dataset_name)
     if config.unconditional:
         return info.without_classes()
@@ -113,7 +113,7 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
     from tqdm import tqdm
 
     from medsd.data.dataset import load_dataset
-    from medsd.data.transforms import augment, first_rows, to_unit
+    from medsd.data.transforms import augment, sample_rows, to_unit
     from medsd.models.conditioning import drop_prompts, encode, tokenize
     from medsd.models.unet import attention_kernel, enable_xformers
     from medsd.objectives.diffusion import denoising_error, min_snr_weight, sample_timesteps
@@ -142,7 +142,7 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
     unet, text_encoder = networks["unet"], networks.get("text_encoder", pipe.text_encoder)
     codec, schedule, intensity, snr_gamma = pipe.codec, pipe.noise_schedule, pipe.data.intensity_map, default_snr_gamma(config)
     prompt_ids = tokenize(pipe.tokenizer, [*pipe.data.prompts, ""]).to(accelerator.device)
-    rows = first_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples)
+    rows = sample_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples, config.seed)
     stream = batches(accelerator, rows, config.train_batch_size, config.class_sampling, config.seed, done, config.dataloader_num_workers)
     held_out = HeldOut(pipe, config.dataset_name)
     record.environment(device=str(accelerator.device), attention=attention_kernel(pipe.unet), trained_parameters=state.size)

@@ -48,7 +48,8 @@ def train(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec
     from tqdm import tqdm
 
     from medsd.data.dataset import load_dataset
-    from medsd.data.transforms import augment, first_rows, sample_images, to_unit
+    from medsd.data.transforms import augment, sample_images, sample_rows, to_unit
+    from medsd.inference.folder import PipelineInfo, write_info
     from medsd.models.codec import Autoencoding, measure_scaling_factor
     from medsd.objectives.autoencoder import kl_divergence, reconstruction_error
     from medsd.training.checkpoint import find_checkpoint
@@ -76,7 +77,7 @@ def train(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec
         find_checkpoint(output_dir, config.resume_from_checkpoint),
     )
     autoencoder, intensity = networks["autoencoder"], info.intensity_map
-    rows = first_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples)
+    rows = sample_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples, config.seed)
     stream = batches(accelerator, rows, config.train_batch_size, "natural", config.seed, done, config.dataloader_num_workers)
     record.environment(device=str(accelerator.device), trained_parameters=state.size)
 
@@ -112,6 +113,7 @@ def train(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec
         if not config.decoder_only:
             vae.register_to_config(scaling_factor=measure_scaling_factor(codec, sample_images(rows, intensity, limit=256)))
         vae.save_pretrained(output_dir)
+        write_info(output_dir, PipelineInfo(data=info, codec=codec.to_dict()))
     accelerator.print(f"autoencoder in {output_dir}, pictures in {output_dir / 'preview.png'}")
 
 

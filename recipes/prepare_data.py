@@ -12,12 +12,12 @@ from medsd.config import PrepareDataConfig, run
 def main(config: PrepareDataConfig) -> None:
     """Read the source's rows, prepare them, and say what came out."""
     from medsd.data.intensity import parse_windows
-    from medsd.data.prepare import PrepareOptions, check_free, load_salt, prepare, prepare_phantom
+    from medsd.data.prepare import PHANTOM_RESOLUTION, PrepareOptions, check_free, load_salt, prepare, prepare_phantom
 
     output_dir = Path(config.output_dir)
     check_free(output_dir, config.overwrite)
     options = PrepareOptions(
-        resolution=config.resolution,
+        resolution=config.resolution or (PHANTOM_RESOLUTION if config.source == "phantom" else 256),
         resize=config.resize,
         intensity=parse_windows(config.windows) if config.windows else None,
         prompt_template=config.prompt_template,

@@ -31,6 +31,7 @@ from medsd.data.transforms import fit_square
 from medsd.errors import InputError
 
 PHANTOM_SALT = b"medsd phantom: procedural, nobody's data"
+PHANTOM_RESOLUTION = 64
 PHANTOM_WINDOW = (50.0, 130.0)
 """(centre, width) in HU, in which blood is brighter than brain and darker than bone."""
 ROWS_PER_SHARD = 4096

@@ -129,9 +129,11 @@ class TrainingOrder(Sampler[list[int]]):
         return generator.choice(len(self.labels), size=len(self.labels), p=weights / weights.sum())
 
 
-def first_rows(dataset: Any, limit: int | None) -> Any:
-    """The data set, or its first `limit` rows."""
-    return dataset if limit is None or limit >= len(dataset) else dataset.select(range(limit))
+def sample_rows(dataset: Any, limit: int | None, seed: int) -> Any:
+    """The data set, or `limit` of its rows drawn at random, in their order."""
+    if limit is None or limit >= len(dataset):
+        return dataset
+    return dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:limit]))
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
