@@ -66,7 +66,7 @@ def write_data(folder: Path) -> None:
     from medsd.data.phantom import write_phantom
     from medsd.data.prepare import PrepareOptions, prepare_phantom
 
-    write_phantom(folder / "phantom_dicom", patients=12, slices=6, size=256)
+    write_phantom(folder / "phantom_dicom_0", patients=12, slices=6, size=256)
     windows = parse_windows(("brain", "subdural", "bone"))
     prepare_phantom(folder / "data", PrepareOptions(resolution=256, intensity=windows))
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar, get_type_hints
 
 from medsd.errors import InputError
 
@@ -19,6 +19,7 @@ USER_ERROR = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
 PHANTOM = "phantom"
+MAY_BE_ZERO = frozenset({"seed", "num_workers", "dataloader_num_workers", "lr_warmup_steps", "random_shift"})
 
 Result = TypeVar("Result")
 
@@ -28,12 +29,15 @@ class RecipeConfig:
     """What every recipe config shares: its section's name and the run name in its folders."""
 
     section: ClassVar[str]
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if isinstance(getattr(self, field.name), str):
-                setattr(self, field.name, getattr(self, field.name).replace("{name}", PHANTOM))
+            value = getattr(self, field.name)
+            if value == field.default and isinstance(value, str):
+                setattr(self, field.name, value.replace("{name}", PHANTOM))
+            smallest = 0 if field.name in MAY_BE_ZERO else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < smallest:
+                raise InputError(f"--{field.name} {value}: {smallest} or more is expected")
 
 
 @dataclass
@@ -67,7 +71,7 @@ class PrepareDataConfig(RecipeConfig):
     resize: Literal["pad", "crop", "stretch"] = "pad"
     """How an image that is not square becomes square."""
     windows: tuple[str, ...] | None = None
-    """CT windows, a channel each: brain, subdural, bone, lung, abdomen, CENTRE/WIDTH. Default for CT: brain subdural bone (phantom 50/130)."""
+    """CT windows, a channel each: brain, subdural, bone, lung, abdomen, CENTRE/WIDTH. Default for CT: the first three (phantom 50/130)."""
     prompt_template: str | None = None
     """Sentence around the class, with {label} in it. Default: "a medical image of {label}" (phantom: "a head CT with {label}")."""
     duplicates: Literal["refuse", "drop", "keep"] = "refuse"
@@ -176,8 +180,8 @@ class FinetuneUNetConfig(TrainingConfig):
     """Folder or Hub id of an AutoencoderKL, for a preset or in place of the pretrained pipeline's own."""
     codec: Literal["kl", "pixels"] | None = None
     """kl: latents of an AutoencoderKL; pixels: space-to-depth. Default: kl where there is a VAE, else pixels."""
-    pixel_factor: int = 4
-    """Side of the pixel block that becomes channels (codec pixels)."""
+    pixel_factor: int | None = None
+    """Side of the pixel block that becomes channels (codec pixels). Default: 4."""
     rank: int | None = None
     """Train LoRA adapters of this rank instead of the whole UNet."""
     lora_alpha: int | None = None
@@ -211,6 +215,10 @@ class FinetuneUNetConfig(TrainingConfig):
             raise InputError("--rank adapts a pretrained model: give --pretrained_model_name_or_path")
         if self.codec == "kl" and self.pretrained_model_name_or_path is None and self.vae is None:
             raise InputError("--codec kl from a preset needs --vae FOLDER")
+        if self.lora_alpha is not None and self.rank is None:
+            raise InputError("--lora_alpha belongs to --rank: give both")
+        if self.pixel_factor is not None and (self.vae or self.pretrained_model_name_or_path):
+            raise InputError("--pixel_factor is for a --preset without --vae; a pretrained model keeps its own codec")
         if self.codec == "pixels" and (self.vae or self.pretrained_model_name_or_path):
             raise InputError("--codec pixels is for a --preset without --vae; a pretrained model keeps its own codec")
         lost = ["train_text_encoder", "prediction_type", "beta_schedule"]
@@ -313,6 +321,11 @@ class ClassifyConfig(RecipeConfig):
     overwrite: bool = False
     """Replace what is already in output_dir."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.delta < 1:
+            raise InputError(f"--delta {self.delta} is not between 0 and 1")
+
 
 RECIPES: tuple[type[RecipeConfig], ...] = (PrepareDataConfig, FinetuneVAEConfig, FinetuneUNetConfig, GenerateConfig, ClassifyConfig)
 
@@ -328,7 +341,9 @@ def parse(recipe: type[Config], argv: Sequence[str]) -> Config:
     import tyro
 
     flags, path = _split_config_flag(argv)
-    default = recipe(**_named_folders(recipe, path), **_section(recipe, path))
+    default = object.__new__(recipe)
+    # Not initialised, since rules between fields hold for the YAML and the flags together, not for the YAML alone.
+    default.__dict__.update(_defaults(recipe, path) | _section(recipe, path))
     description = f"{recipe.__doc__} --config FILE.yaml fills these fields from its section `{recipe.section}`; flags win."
     return tyro.cli(recipe, args=flags, default=default, description=description, use_underscores=True)
 
@@ -358,16 +373,15 @@ def _split_config_flag(argv: Sequence[str]) -> tuple[list[str], Path | None]:
     return rest, known.config
 
 
-def _named_folders(recipe: type[RecipeConfig], path: Path | None) -> dict[str, str]:
+def _defaults(recipe: type[RecipeConfig], path: Path | None) -> dict[str, object]:
+    """The fields' defaults, with the run's name in its folders."""
     name = path.stem if path else PHANTOM
-    defaults = {field.name: field.default for field in fields(recipe) if isinstance(field.default, str)}
-    return {key: value.replace("{name}", name) for key, value in defaults.items() if "{name}" in value}
+    return {f.name: f.default.replace("{name}", name) if isinstance(f.default, str) else f.default for f in fields(recipe)}
 
 
 def _section(recipe: type[RecipeConfig], path: Path | None) -> dict[str, object]:
     """The YAML's section of this recipe, checked field by field."""
     import yaml
-    from pydantic import TypeAdapter, ValidationError
 
     if path is None:
         return {}
@@ -375,16 +389,26 @@ def _section(recipe: type[RecipeConfig], path: Path | None) -> dict[str, object]
         raise InputError(f"--config {path}: no such file")
     try:
         content = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path} is not YAML: {error}") from error
     known = {config.section for config in RECIPES}
     if not isinstance(content, dict) or not content.keys() <= known:
-        unknown = sorted(content.keys() - known) if isinstance(content, dict) else content
+        unknown = sorted(map(str, content.keys() - known)) if isinstance(content, dict) else content
         raise InputError(f"--config {path}: unknown section {unknown}; sections are {sorted(known)}")
     section = content.get(recipe.section) or {}
+    if not isinstance(section, dict):
+        raise InputError(f"--config {path}, section {recipe.section}: fields with values are expected")
+    return {key: _checked(recipe, key, value, path) for key, value in section.items()}
+
+
+def _checked(recipe: type[RecipeConfig], key: str, value: object, path: Path) -> object:
+    """The YAML's value in the type of its field."""
+    from pydantic import TypeAdapter, ValidationError
+
+    types = get_type_hints(recipe)
+    if key not in {field.name for field in fields(recipe)}:
+        raise InputError(f"--config {path}, section {recipe.section}: unknown field {key}; --help lists them")
     try:
-        checked = TypeAdapter(recipe).validate_python(section)
+        return TypeAdapter(types[key]).validate_python(value)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise InputError(f"--config {path}, section {recipe.section}: {wrong}") from error
-    return {key: getattr(checked, key) for key in section}
+        raise InputError(f"--config {path}, section {recipe.section}, {key}: {error.errors()[0]['msg']}") from error

@@ -5,7 +5,6 @@ python recipes/classify.py --pipeline runs/pneumoniamnist/unet --dataset_name ru
 """
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,23 +22,19 @@ def main(config: ClassifyConfig) -> None:
     """Calibrate, score, measure, write."""
     from accelerate import Accelerator
 
-    from medsd.data.dataset import load_info
-    from medsd.data.prepare import check_free
     from medsd.inference.pipeline import MedSDPipeline
-    from medsd.training.setup import quiet_libraries, use_all_cores
+    from medsd.runtime import check_output, quiet_libraries, use_all_cores
 
     quiet_libraries()
     output_dir = Path(config.output_dir)
-    check_free(output_dir, config.overwrite)
+    check_output(output_dir, config.overwrite, [config.pipeline, config.dataset_name])
     accelerator = Accelerator()
     use_all_cores(accelerator)
     pipe = MedSDPipeline.from_pretrained(config.pipeline).to(accelerator.device)
-    classes = load_info(config.dataset_name).class_names
-    if not set(classes) & set(pipe.class_names):
-        raise InputError(f"{config.dataset_name} has the classes {classes}, {config.pipeline} knows {pipe.class_names}: none in common")
-    if config.calibrate == "validation":
+    check_fit(config, pipe)
+    if config.calibrate == "validation" and config.weighting == "uniform":
         calibrate(config, pipe)
-    rows, labels = labelled_rows(config, pipe, config.split)
+    rows, labels = labelled_rows(config, pipe, config.split, config.max_samples)
     started = time.perf_counter()
     output = score(config, pipe, rows["image"], config.mode, config.split, class_prior(config, pipe))
     seconds = (time.perf_counter() - started) / len(rows)
@@ -51,16 +46,34 @@ def main(config: ClassifyConfig) -> None:
     say(metrics, output, output_dir)
 
 
-def labelled_rows(config: ClassifyConfig, pipe: "MedSDPipeline", split: str) -> "tuple[Any, np.ndarray]":
-    """Rows of a split, and each one's class index in the pipeline's order (-1 for a class that it does not know)."""
+def check_fit(config: ClassifyConfig, pipe: "MedSDPipeline") -> None:
+    """Raise InputError where the data set cannot be scored by this pipeline."""
+    from medsd.data.dataset import available_splits, load_info
+
+    info, splits = load_info(config.dataset_name), available_splits(config.dataset_name)
+    if len(pipe.class_names) < 2:
+        raise InputError(f"{config.pipeline} knows {len(pipe.class_names)} classes: classification needs two or more")
+    if not set(info.class_names) & set(pipe.class_names):
+        raise InputError(f"{config.dataset_name} has {info.class_names}, the pipeline knows {pipe.class_names}: no class in common")
+    if info.unit != pipe.data.unit:
+        raise InputError(f"{config.dataset_name} is in {info.unit}, the pipeline in {pipe.data.unit}: prepare data of the same kind")
+    if info.resolution < pipe.data.resolution:
+        raise InputError(f"{config.dataset_name} has {info.resolution} px: prepare it at the model's --resolution {pipe.data.resolution}")
+    for needed in {config.split, config.calibrate} - {"none"}:
+        if needed not in splits:
+            raise InputError(f"{config.dataset_name} has no {needed} split: change --split, or add --calibrate none")
+
+
+def labelled_rows(config: ClassifyConfig, pipe: "MedSDPipeline", split: str, limit: int | None) -> "tuple[Any, np.ndarray]":
+    """Rows of a split, and each one's class index in the pipeline's order (-1 for a class that it does not know, or no label)."""
     import numpy as np
 
     from medsd.data.dataset import load_dataset
     from medsd.data.transforms import sample_rows
 
-    rows = sample_rows(load_dataset(config.dataset_name, split), config.max_samples, config.seed)
+    rows = sample_rows(load_dataset(config.dataset_name, split), limit, config.seed)
     names = rows.features["label"].names
-    order = np.array([pipe.class_names.index(name) if name in pipe.class_names else -1 for name in names])
+    order = np.array([pipe.class_names.index(name) if name in pipe.class_names else -1 for name in names] + [-1])
     return rows, order[np.asarray(rows["label"])]
 
 
@@ -87,21 +100,21 @@ def calibrate(config: ClassifyConfig, pipe: "MedSDPipeline") -> None:
     """Fit temperature and class bias on the validation split; a local pipeline trained on this very data keeps them."""
     from tqdm import tqdm
 
-    from medsd.data.dataset import available_splits, load_info
+    from medsd.data.dataset import load_info
     from medsd.inference.folder import write_info
 
-    if config.weighting == "elbo":
-        return
-    if "validation" not in available_splits(config.dataset_name):
-        raise InputError(f"{config.dataset_name} has no validation split to calibrate on: add --calibrate none")
-    rows, labels = labelled_rows(config, pipe, "validation")
+    rows, labels = labelled_rows(config, pipe, "validation", config.max_samples)
     known = [index for index, label in enumerate(labels) if label >= 0]
     images = rows.select(known)["image"]
     with tqdm(total=len(known) * len(pipe.class_names) * config.max_pairs, desc="scoring validation", unit="row", smoothing=0.05) as bar:
         pipe.calibrate(
             list(images), labels[known], max_pairs=config.max_pairs, batch_size=config.batch_size, seed=config.seed, progress=bar.update
         )
-    if Path(config.pipeline).is_dir() and load_info(config.dataset_name).fingerprint == pipe.data.fingerprint:
+    if (
+        config.max_samples is None
+        and Path(config.pipeline).is_dir()
+        and load_info(config.dataset_name).fingerprint == pipe.data.fingerprint
+    ):
         write_info(Path(config.pipeline), pipe.info)
 
 
@@ -111,7 +124,7 @@ def class_prior(config: ClassifyConfig, pipe: "MedSDPipeline") -> "np.ndarray | 
 
     if config.prior == "uniform":
         return None
-    _, labels = labelled_rows(config, pipe, "train")
+    _, labels = labelled_rows(config, pipe, "train", limit=None)
     counts = np.bincount(labels[labels >= 0], minlength=len(pipe.class_names))
     return counts / counts.sum()
 
@@ -140,6 +153,8 @@ def write(
     import pyarrow
     import pyarrow.parquet
 
+    from medsd.runtime import write_text
+
     columns = {
         "key": rows["key"],
         "patient_id": rows["patient_id"],
@@ -152,9 +167,7 @@ def write(
         columns |= {f"{prefix}/{name}": values[:, index] for index, name in enumerate(pipe.class_names)}
     output_dir.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.table({name: list(values) for name, values in columns.items()}), output_dir / "likelihoods.parquet")
-    partial = output_dir / ".metrics.json.partial"
-    partial.write_text(json.dumps(metrics, indent=2) + "\n")
-    os.replace(partial, output_dir / "metrics.json")
+    write_text(output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
 def say(metrics: dict[str, Any], output: "ClassifyOutput", output_dir: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medsd.config import FinetuneUNetConfig, run
+from medsd.errors import InputError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -23,17 +24,21 @@ if TYPE_CHECKING:
 
 def main(config: FinetuneUNetConfig) -> None:
     """Build the pipeline, train it, and leave a pipeline folder."""
+    from medsd.runtime import check_output, quiet_libraries
+    from medsd.training.checkpoint import find_checkpoint
     from medsd.training.record import RunRecord
-    from medsd.training.setup import build_accelerator, check_output, quiet_libraries
+    from medsd.training.setup import build_accelerator, clear_output
 
     quiet_libraries()
     output_dir = Path(config.output_dir)
+    if not config.resume_from_checkpoint:
+        check_output(output_dir, config.overwrite, [config.pretrained_model_name_or_path, config.vae, config.dataset_name])
+    find_checkpoint(output_dir, config.resume_from_checkpoint)
     accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed)
     with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            check_output(output_dir, config.overwrite, config.resume_from_checkpoint)
         info = data_info(config)
     pipe = build_pipeline(config, info)
+    clear_output(accelerator, output_dir, config.overwrite)
     with RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard") as record:
         train(config, accelerator, pipe, record)
     if config.push_to_hub and accelerator.is_main_process:
@@ -63,18 +68,35 @@ def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeli
     from medsd.data.transforms import pixel_statistics
     from medsd.inference.pipeline import MedSDPipeline
     from medsd.models.codec import load_vae
+    from medsd.models.unet import enable_xformers
 
     vae = load_vae(config.vae) if config.vae else None
     if config.pretrained_model_name_or_path is not None:
-        pipe = MedSDPipeline.from_pretrained(config.pretrained_model_name_or_path, revision=config.revision)
+        pipe = load_base(config)
         if vae is not None:
             pipe.replace_vae(vae)
+    elif vae is not None:
+        pipe = MedSDPipeline.from_preset(config.preset or "tiny", info, vae)
     else:
         mean, std = pixel_statistics(load_dataset(config.dataset_name, "train"), info.intensity_map)
-        pipe = MedSDPipeline.from_preset(config.preset or "tiny", info, vae, config.pixel_factor, mean, std)
+        pipe = MedSDPipeline.from_preset(config.preset or "tiny", info, None, config.pixel_factor or 4, mean, std)
+    if config.enable_xformers_memory_efficient_attention:
+        enable_xformers(pipe.unet)
     pipe.set_progress_bar_config(disable=True)
     pipe.change_schedule(prediction_type=config.prediction_type, beta_schedule=config.beta_schedule)
     pipe.adopt(info)
+    return pipe
+
+
+def load_base(config: FinetuneUNetConfig) -> "MedSDPipeline":
+    """The pretrained pipeline; adapters of a LoRA run are merged into it."""
+    from medsd.inference.pipeline import MedSDPipeline
+
+    pipe = MedSDPipeline.from_pretrained(config.pretrained_model_name_or_path, revision=config.revision)
+    if pipe.info.base is not None and config.rank:
+        raise InputError(f"{config.pretrained_model_name_or_path} is a LoRA run: start from {pipe.info.base.name} or leave --rank away")
+    if pipe.info.base is not None:
+        pipe.merge_lora()
     return pipe
 
 
@@ -87,7 +109,7 @@ def choose_trained(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> dict[st
         pipe.vae.requires_grad_(False)
     if config.rank:
         add_lora(pipe.unet, config.rank, config.lora_alpha, FROZEN_DTYPES[config.mixed_precision])
-        pipe.record_base(config.pretrained_model_name_or_path, config.revision, Path(config.output_dir))
+        pipe.record_base(config.pretrained_model_name_or_path, config.revision)
     if config.pretrained_model_name_or_path is None or config.train_text_encoder:
         return {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     learns = train_only_tokens(pipe.text_encoder, pipe.tokenizer, pipe.data.class_tokens)
@@ -115,7 +137,7 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
     from medsd.data.dataset import load_dataset
     from medsd.data.transforms import augment, sample_rows, to_unit
     from medsd.models.conditioning import drop_prompts, encode, tokenize
-    from medsd.models.unet import attention_kernel, enable_xformers
+    from medsd.models.unet import attention_kernel
     from medsd.objectives.diffusion import denoising_error, min_snr_weight, sample_timesteps
     from medsd.training.checkpoint import find_checkpoint
     from medsd.training.preview import HeldOut
@@ -123,8 +145,6 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
 
     output_dir = Path(config.output_dir)
     modules = choose_trained(config, pipe)
-    if config.enable_xformers_memory_efficient_attention:
-        enable_xformers(pipe.unet)
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     pipe.to(accelerator.device)
@@ -147,6 +167,7 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
     held_out = HeldOut(pipe, config.dataset_name)
     record.environment(device=str(accelerator.device), attention=attention_kernel(pipe.unet), trained_parameters=state.size)
 
+    record.step = done
     bar = tqdm(
         range(done + 1, config.max_train_steps + 1), initial=done, total=config.max_train_steps, disable=not accelerator.is_main_process
     )
@@ -169,8 +190,9 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
         # What happens once in a while.
         last = step == config.max_train_steps
         if step % config.logging_steps == 0 or last:
-            record.log(step, loss=loss.item(), learning_rate=state.learning_rate)
-            bar.set_postfix(loss=f"{loss.item():.4f}")
+            mean_loss = state.mean_loss(accelerator)
+            record.log(step, loss=mean_loss, learning_rate=state.learning_rate)
+            bar.set_postfix(loss=f"{mean_loss:.4f}")
         if (step % config.validation_steps == 0 or last) and accelerator.is_main_process:
             with state.averaged(), accelerator.autocast():
                 look(held_out, record, step, bar.write)

@@ -22,20 +22,23 @@ def main(config: FinetuneVAEConfig) -> None:
     from medsd.data.dataset import load_info
     from medsd.models.codec import KLCodec, build_vae, load_vae
     from medsd.models.presets import PRESETS
+    from medsd.models.unet import enable_xformers
+    from medsd.runtime import check_output, quiet_libraries
     from medsd.training.record import RunRecord
-    from medsd.training.setup import build_accelerator, check_output, quiet_libraries
+    from medsd.training.setup import build_accelerator, clear_output
 
     quiet_libraries()
-    output_dir = Path(config.output_dir)
+    output_dir, start = Path(config.output_dir), config.pretrained_model_name_or_path
+    if not config.resume_from_checkpoint:
+        check_output(output_dir, config.overwrite, [start, config.dataset_name])
     accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed)
     info = load_info(config.dataset_name)
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            check_output(output_dir, config.overwrite, config.resume_from_checkpoint)
-    start = config.pretrained_model_name_or_path
     vae = load_vae(start) if start else build_vae(PRESETS[config.preset or "tiny"], info.channels)
     codec = KLCodec(vae, info.channels)
     codec.check_side(info.resolution)
+    if config.enable_xformers_memory_efficient_attention:
+        enable_xformers(vae)
+    clear_output(accelerator, output_dir, config.overwrite)
     with RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard") as record:
         train(config, accelerator, codec, info, record)
     if config.push_to_hub and accelerator.is_main_process:
@@ -49,20 +52,18 @@ def train(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec
 
     from medsd.data.dataset import load_dataset
     from medsd.data.transforms import augment, sample_images, sample_rows, to_unit
-    from medsd.inference.folder import PipelineInfo, write_info
+    from medsd.inference.folder import PipelineInfo, publish, write_info
     from medsd.models.codec import Autoencoding, measure_scaling_factor
     from medsd.objectives.autoencoder import kl_divergence, reconstruction_error
+    from medsd.runtime import partial_folder
     from medsd.training.checkpoint import find_checkpoint
     from medsd.training.setup import batches, start
 
     output_dir, vae = Path(config.output_dir), codec.vae.to(accelerator.device)
     if config.decoder_only:
         vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-    if config.enable_xformers_memory_efficient_attention:
-        from medsd.models.unet import enable_xformers
-
-        enable_xformers(vae)
+        if vae.quant_conv is not None:
+            vae.quant_conv.requires_grad_(False)
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     state, networks, done = start(
@@ -81,6 +82,7 @@ def train(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec
     stream = batches(accelerator, rows, config.train_batch_size, "natural", config.seed, done, config.dataloader_num_workers)
     record.environment(device=str(accelerator.device), trained_parameters=state.size)
 
+    record.step = done
     bar = tqdm(
         range(done + 1, config.max_train_steps + 1), initial=done, total=config.max_train_steps, disable=not accelerator.is_main_process
     )
@@ -99,8 +101,9 @@ def train(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec
         # What happens once in a while.
         last = step == config.max_train_steps
         if step % config.logging_steps == 0 or last:
-            record.log(step, loss=loss.item(), learning_rate=state.learning_rate)
-            bar.set_postfix(loss=f"{loss.item():.4f}")
+            mean_loss = state.mean_loss(accelerator)
+            record.log(step, loss=mean_loss, learning_rate=state.learning_rate)
+            bar.set_postfix(loss=f"{mean_loss:.4f}")
         if (step % config.validation_steps == 0 or last) and accelerator.is_main_process:
             with state.averaged(), accelerator.autocast():
                 look(config.dataset_name, codec, info, record, step, bar.write)
@@ -112,8 +115,10 @@ def train(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec
     if accelerator.is_main_process:
         if not config.decoder_only:
             vae.register_to_config(scaling_factor=measure_scaling_factor(codec, sample_images(rows, intensity, limit=256)))
-        vae.save_pretrained(output_dir)
-        write_info(output_dir, PipelineInfo(data=info, codec=codec.to_dict()))
+        made = partial_folder(output_dir)
+        vae.save_pretrained(made)
+        write_info(made, PipelineInfo(data=info, codec=codec.to_dict()))
+        publish(made, output_dir)
     accelerator.print(f"autoencoder in {output_dir}, pictures in {output_dir / 'preview.png'}")
 
 
@@ -123,15 +128,15 @@ def look(dataset_name: str, codec: "KLCodec", info: "DataInfo", record: "RunReco
 
     from medsd.data.dataset import available_splits, load_dataset
     from medsd.data.transforms import sample_images
+    from medsd.inference.pictures import grid
     from medsd.models.codec import reconstruct
     from medsd.objectives.autoencoder import reconstruction_error
-    from medsd.training.preview import grid
 
     split = "validation" if "validation" in available_splits(dataset_name) else "train"
     images = sample_images(load_dataset(dataset_name, split), info.intensity_map, limit=32)
     again = reconstruct(codec, images)
     error = reconstruction_error(again, images).mean().item()
-    record.log(step, validation_l1=error)
+    record.log(step, **{f"{split}_l1": error})
     record.picture(step, "preview", grid(torch.stack([images[:8], again[:8]])))
     write(f"step {step}: {split} L1 {error:.4f} of a range of 2")
 

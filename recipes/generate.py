@@ -5,7 +5,7 @@ python recipes/generate.py --pipeline runs/phantom/unet --class_name epidural --
 """
 
 import json
-import shutil
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +22,13 @@ def main(config: GenerateConfig) -> None:
     from accelerate import Accelerator
     from tqdm import tqdm
 
-    from medsd.data.prepare import check_free
-    from medsd.inference.pipeline import MedSDPipeline, picture
-    from medsd.training.preview import grid
-    from medsd.training.setup import quiet_libraries, use_all_cores
+    from medsd.inference.pictures import grid, picture
+    from medsd.inference.pipeline import MedSDPipeline
+    from medsd.runtime import check_output, partial_folder, quiet_libraries, replace_folder, use_all_cores
 
     quiet_libraries()
     output_dir = Path(config.output_dir)
-    check_free(output_dir, config.overwrite)
+    check_output(output_dir, config.overwrite, [config.pipeline])
     accelerator = Accelerator()
     use_all_cores(accelerator)
     pipe = MedSDPipeline.from_pretrained(config.pipeline).to(accelerator.device)
@@ -37,13 +36,11 @@ def main(config: GenerateConfig) -> None:
     names = check_classes(config.class_name, pipe)
     if config.scheduler:
         pipe.scheduler = find_scheduler(config.scheduler).from_config(pipe.scheduler.config)
-    made = output_dir.with_name(f".{output_dir.name}.partial")
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
+    made = partial_folder(output_dir)
     manifest, overview = [], []
     with tqdm(total=len(names) * config.num_images, desc="generating", unit="image") as bar:
         for name in names:
-            folder = name or "unconditional"
+            folder = folder_name(name)
             (made / folder).mkdir()
             images = []
             for seeds in batches(config):
@@ -68,8 +65,7 @@ def main(config: GenerateConfig) -> None:
             overview.append(torch.stack(images[:8]))
     grid(torch.stack(overview)).save(made / "overview.png")
     (made / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in manifest))
-    shutil.rmtree(output_dir, ignore_errors=True)
-    made.rename(output_dir)
+    replace_folder(made, output_dir)
     print(f"{len(manifest)} images in {output_dir}, look at {output_dir / 'overview.png'}")
 
 
@@ -79,6 +75,11 @@ def check_classes(wanted: tuple[str, ...] | None, pipe: "MedSDPipeline") -> list
     if unknown:
         raise InputError(f"--class_name {unknown[0]}: unknown; this pipeline knows {', '.join(pipe.class_names) or 'none'}")
     return list(wanted or pipe.class_names) or [None]
+
+
+def folder_name(class_name: str | None) -> str:
+    """A class's name as a folder, whatever characters are in it."""
+    return re.sub(r"[^\w .+-]", "-", class_name or "unconditional").strip(". ") or "class"
 
 
 def find_scheduler(name: str) -> Any:

@@ -12,10 +12,11 @@ from medsd.config import PrepareDataConfig, run
 def main(config: PrepareDataConfig) -> None:
     """Read the source's rows, prepare them, and say what came out."""
     from medsd.data.intensity import parse_windows
-    from medsd.data.prepare import PHANTOM_RESOLUTION, PrepareOptions, check_free, load_salt, prepare, prepare_phantom
+    from medsd.data.prepare import PHANTOM_RESOLUTION, PrepareOptions, load_salt, prepare, prepare_phantom
+    from medsd.runtime import check_output
 
     output_dir = Path(config.output_dir)
-    check_free(output_dir, config.overwrite)
+    check_output(output_dir, config.overwrite)
     options = PrepareOptions(
         resolution=config.resolution or (PHANTOM_RESOLUTION if config.source == "phantom" else 256),
         resize=config.resize,
@@ -39,14 +40,14 @@ def main(config: PrepareDataConfig) -> None:
 def read_rows(config: PrepareDataConfig) -> list:
     """Rows of the configured source."""
     from medsd.data import sources
-    from medsd.data.files import DICOM_SUFFIXES, RASTER_SUFFIXES
+    from medsd.data.files import is_dicom, is_raster
 
     data_dir = Path(config.data_dir)
     if config.source == "npz":
         return sources.medmnist(data_dir, config.class_names)
-    suffixes = DICOM_SUFFIXES if config.source == "dicom" else RASTER_SUFFIXES
+    accepts = is_dicom if config.source == "dicom" else is_raster
     if config.labels is None:
-        return sources.image_folder(data_dir, suffixes)
+        return sources.image_folder(data_dir, accepts)
     return sources.table(
         data_dir,
         Path(config.labels),
@@ -54,7 +55,7 @@ def read_rows(config: PrepareDataConfig) -> list:
         config.image_column,
         config.patient_column,
         config.split_column,
-        suffixes=suffixes,
+        accepts=accepts,
     )
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from medsd.config import PrepareDataConfig, parse
 from medsd.data.dataset import load_dataset, load_info
-from medsd.data.files import RASTER_SUFFIXES
+from medsd.data.files import is_raster
 from medsd.data.prepare import PrepareOptions, load_salt, prepare
 from medsd.data.sources import image_folder, medmnist, table
 from medsd.data.transforms import TrainingOrder, fit_square, shift
@@ -235,9 +235,9 @@ def test_balanced_sampling_draws_classes_equally():
 
 def test_real_ct_keeps_its_bits(real_data, tmp_path):
     folder = real_data / "ct_contrast_dicom"
-    from medsd.data.files import DICOM_SUFFIXES
+    from medsd.data.files import is_dicom
 
-    rows = table(folder, folder / "overview.csv", "Contrast", "dicom_name", suffixes=DICOM_SUFFIXES)
+    rows = table(folder, folder / "overview.csv", "Contrast", "dicom_name", accepts=is_dicom)
     prepare(rows, tmp_path / "data", replace(OPTIONS, resolution=128), SALT, "test")
     info = load_info(tmp_path / "data")
     assert info.unit == "HU" and info.channels == 3
@@ -247,6 +247,6 @@ def test_real_ct_keeps_its_bits(real_data, tmp_path):
 
 def test_real_jpegs_split_by_group(real_data, tmp_path):
     folder = real_data / "brain_mri_t1ce_3class"
-    rows = table(folder, folder / "labels.csv", "label", "path", patient_column="pseudo_group", suffixes=RASTER_SUFFIXES)
+    rows = table(folder, folder / "labels.csv", "label", "path", patient_column="pseudo_group", accepts=is_raster)
     summary = prepare(rows, tmp_path / "data", replace(OPTIONS, duplicates="drop"), SALT, "test")
     assert sum(summary["images"].values()) + summary["duplicates_dropped"] == 406

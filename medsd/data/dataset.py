@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from medsd.data.intensity import IntensityMap, intensity_from_dict
+from medsd.data.splits import SPLITS
 from medsd.errors import InputError
 
-SPLITS = ("train", "validation", "test")
 INFO_FILE = "medsd.json"
 
 
@@ -98,7 +98,10 @@ def load_info(folder_or_hub_id: str | Path) -> DataInfo:
     path = Path(folder_or_hub_id) / INFO_FILE
     if not path.is_file():
         path = _download_info(str(folder_or_hub_id))
-    return DataInfo(**json.loads(path.read_text()))
+    try:
+        return DataInfo(**json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder_or_hub_id} is no data folder (or a damaged one): name one that prepare_data.py wrote") from error
 
 
 def load_dataset(folder_or_hub_id: str | Path, split: str | None = None) -> Any:
@@ -134,7 +137,7 @@ def _download_info(hub_id: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    missing = f"{hub_id}: no prepared data there (no {INFO_FILE}); make it with `python recipes/prepare_data.py --output_dir {hub_id}`"
+    missing = f"{hub_id}: no prepared data there; make it with recipes/prepare_data.py (--config or --source, and --output_dir {hub_id})"
     if Path(hub_id).exists() or hub_id.count("/") != 1:
         raise InputError(missing)
     try:

@@ -17,6 +17,16 @@ RASTER_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"})
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima", ""})
 
 
+def is_raster(path: Path) -> bool:
+    """Whether the name is that of a PNG, TIFF, JPEG or BMP."""
+    return path.suffix.lower() in RASTER_SUFFIXES
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether the name can be that of a DICOM file: its suffix, none, or a UID."""
+    return path.suffix.lower() in DICOM_SUFFIXES or path.suffix[1:].isdigit()
+
+
 @dataclass(frozen=True)
 class Header:
     """What may leave a file's header. Ids stay inside `DATA.private` and are hashed elsewhere."""
@@ -64,14 +74,13 @@ def read_file(path: Path, array: str | None = None, index: int | None = None) ->
 
 
 def _reader(path: Path) -> Callable[..., SourceImage]:
-    suffix = path.suffix.lower()
-    if suffix in RASTER_SUFFIXES:
+    if is_raster(path):
         return _read_raster
-    if suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         return _read_npy
-    if suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return _read_npz
-    if suffix in DICOM_SUFFIXES or suffix[1:].isdigit():
+    if is_dicom(path):
         return _read_dicom
     raise InputError(f"{path.name}: not a kind of image that is read here (DICOM, PNG, TIFF, JPEG, BMP, NPY, NPZ)")
 
@@ -126,15 +135,21 @@ def _dicom_header(dataset: Any) -> Header:
 
 
 def _read_raster(path: Path) -> SourceImage:
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode in {"P", "PA", "CMYK", "YCbCr", "LAB", "HSV"}:
-            image = image.convert("RGB")
-        pixels = np.asarray(image)
-    pixels = pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels
-    return SourceImage(_channels_first(pixels))
+    with Image.open(path) as image:
+        return SourceImage(pixels_of(image))
+
+
+def pixels_of(image: Any) -> np.ndarray:
+    """A PIL image of any mode -> `(C, H, W)` with its own depth, turned as its EXIF says; palettes become colour."""
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode in {"P", "PA", "CMYK", "YCbCr", "LAB", "HSV"}:
+        image = image.convert("RGB")
+    pixels = np.asarray(image)
+    return _channels_first(pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels)
 
 
 def _read_npy(path: Path) -> SourceImage:

@@ -61,7 +61,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Windows:
-    """CT windows, one output channel each: `(..., 1, H, W)` HU -> `(..., len(windows), H, W)`."""
+    """CT windows, one output channel each: `(..., 1, H, W)` HU <-> `(..., n, H, W)` for n windows."""
 
     windows: tuple[tuple[float, float], ...]
 
@@ -72,14 +72,14 @@ class Windows:
         return len(self.windows)
 
     def to_unit(self, image: Any) -> Any:
-        """`(..., 1, H, W)` HU -> `(..., W, H, W)` in `[-1, 1]`."""
+        """`(..., 1, H, W)` HU -> `(..., n, H, W)` in `[-1, 1]`."""
         stacked = image[..., [0] * len(self.windows), :, :] * 1.0
         for index, (centre, width) in enumerate(self.windows):
             stacked[..., index, :, :] = ((stacked[..., index, :, :] - centre) * (2 / width)).clip(-1, 1)
         return stacked
 
     def from_unit(self, unit: Any) -> Any:
-        """`(..., W, H, W)` in `[-1, 1]` -> `(..., 1, H, W)` HU.
+        """`(..., n, H, W)` in `[-1, 1]` -> `(..., 1, H, W)` HU.
 
         Each pixel is read from the narrowest window that does not saturate there; where all do, from the widest.
         """

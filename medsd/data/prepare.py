@@ -10,7 +10,6 @@ import io
 import json
 import os
 import secrets
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from medsd.data.dataset import INFO_FILE, SPLITS, DataInfo, data_features, pack
-from medsd.data.files import DICOM_SUFFIXES, Header, read_file
-from medsd.data.intensity import IntensityMap, Range, Windows
+from medsd.data.dataset import INFO_FILE, DataInfo, data_features, pack
+from medsd.data.files import Header, is_dicom, read_file
+from medsd.data.intensity import IntensityMap, Range, Windows, parse_windows
 from medsd.data.prompts import class_prompts, class_tokens
 from medsd.data.sources import Row, table
-from medsd.data.splits import check_patient_overlap, drop_duplicates, find_duplicates, split_patients
+from medsd.data.splits import SPLITS, check_patient_overlap, drop_duplicates, find_duplicates, split_patients
 from medsd.data.transforms import fit_square
 from medsd.errors import InputError
+from medsd.runtime import check_output, partial_folder, replace_folder
 
 PHANTOM_SALT = b"medsd phantom: procedural, nobody's data"
 PHANTOM_RESOLUTION = 64
@@ -82,7 +82,7 @@ def prepare(
 
     Raises InputError for a folder in use, too many unreadable files, a patient in two splits, or duplicates across splits.
     """
-    check_free(output_dir, overwrite)
+    check_output(output_dir, overwrite, [row.file for row in rows])
     examples, quarantine = _decode_all(rows, options)
     if len(quarantine) > options.max_quarantine * len(rows):
         first = quarantine[0]
@@ -90,6 +90,8 @@ def prepare(
             f"{len(quarantine)} of {len(rows)} files cannot be used, more than --max_quarantine {options.max_quarantine}; "
             f"the first: {first['name']}: {first['reason']}"
         )
+    if not examples:
+        raise InputError("no file could be read: nothing to prepare")
     _check_channels(examples)
     _assign_patients(examples, salt)
     _assign_splits(examples, options)
@@ -101,14 +103,14 @@ def prepare(
 
 
 def prepare_phantom(output_dir: Path, options: PrepareOptions, source_dir: Path | None = None, overwrite: bool = False) -> dict[str, Any]:
-    """Make the procedural head CT as DICOM files in `source_dir` (default: `phantom_dicom` beside `output_dir`) and prepare them."""
+    """Make the procedural head CT as DICOM files in `source_dir` (default: `phantom_dicom_SEED` beside `output_dir`) and prepare them."""
     from medsd.data import phantom
 
-    source_dir = source_dir or output_dir.with_name("phantom_dicom")
+    source_dir = source_dir or output_dir.with_name(f"phantom_dicom_{options.seed}")
     labels = source_dir / "labels.csv"
     if not labels.is_file():
         phantom.write_phantom(source_dir, seed=options.seed)
-    rows = table(source_dir, labels, "label", "file", "patient_id", mask_column="mask", suffixes=DICOM_SUFFIXES)
+    rows = table(source_dir, labels, "label", "file", "patient_id", mask_column="mask", accepts=is_dicom)
     chosen = replace(
         options,
         intensity=options.intensity or Windows((PHANTOM_WINDOW,)),
@@ -118,14 +120,10 @@ def prepare_phantom(output_dir: Path, options: PrepareOptions, source_dir: Path 
     return prepare(rows, output_dir, chosen, PHANTOM_SALT, "phantom", overwrite)
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
-    """Raise InputError where `folder` holds something that may not be replaced."""
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise InputError(f"{folder} is not empty: choose another --output_dir or add --overwrite")
-
-
 def load_salt(path: Path | None) -> tuple[bytes, str]:
     """The person's secret for hashing ids and its name; made on first use (mode 0600)."""
+    if path is not None and not path.is_file():
+        raise InputError(f"--salt_file {path}: no such file; leave the flag away to use (or make) your own salt")
     path = path or Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "medsd" / "salt"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +164,7 @@ def _decode_row(row: Row, resolution: int, resize: str) -> Example | str:
     try:
         source = read_file(row.file, row.array, row.index)
         image, scale = fit_square(source.pixels, resolution, resize)
-        mask = fit_square(read_file(row.mask).pixels, resolution, resize, nearest=True)[0] if row.mask else None
+        mask = fit_square(read_file(row.mask).pixels, resolution, resize, nearest=True, background=0)[0] if row.mask else None
     except InputError as error:
         return str(error)
     spacing = source.header.pixel_spacing
@@ -248,10 +246,10 @@ def _describe(examples: list[Example], options: PrepareOptions, salt: bytes) -> 
 
 def _default_intensity(examples: list[Example], is_ct: bool) -> IntensityMap:
     if is_ct:
-        return Windows(((40.0, 80.0), (80.0, 200.0), (600.0, 2800.0)))
+        return parse_windows(("brain", "subdural", "bone"))
     if all(example.image.dtype == np.uint8 for example in examples):
         return Range(0.0, 255.0)
-    train = [example.image for example in examples if example.split == "train"]
+    train = [example.image for example in examples if example.split == "train"] or [example.image for example in examples]
     low, high = min(float(image.min()) for image in train), max(float(image.max()) for image in train)
     if low == high:
         raise InputError(f"every pixel of the training images is {low}: nothing to learn from")
@@ -281,11 +279,8 @@ def _write(
     salt_name: str,
 ) -> None:
     private = output_dir.with_name(output_dir.name + ".private")
-    partial_dir, partial_private = (folder.with_name(f".{folder.name}.partial") for folder in (output_dir, private))
-    for folder in (partial_dir, partial_private):
-        shutil.rmtree(folder, ignore_errors=True)
-    partial_dir.mkdir(parents=True)
-    partial_private.mkdir(mode=0o700)
+    partial_dir, partial_private = partial_folder(output_dir), partial_folder(private)
+    partial_private.chmod(0o700)
     for split in SPLITS:
         _write_shards(partial_dir / "data", split, [example for example in examples if example.split == split], info, salt)
     _write_json(partial_dir / INFO_FILE, info.to_dict())
@@ -296,9 +291,8 @@ def _write(
     _write_lines(partial_private / "quarantine.jsonl", quarantine)
     _write_keys(partial_private / "keys.parquet", examples, salt)
     _write_json(partial_private / "salt.json", {"name": salt_name})
-    for made, final in ((partial_private, private), (partial_dir, output_dir)):
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(made, final)
+    replace_folder(partial_private, private)
+    replace_folder(partial_dir, output_dir)
 
 
 def _nameless(quarantined: dict[str, str]) -> str:

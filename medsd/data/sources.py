@@ -4,16 +4,19 @@ Sources read names and tables only; pixels and headers are `files`' business.
 """
 
 import csv
+import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from medsd.data.files import DICOM_SUFFIXES, RASTER_SUFFIXES
+from medsd.data.files import is_raster
 from medsd.errors import InputError
 
+Accepts = Callable[[Path], bool]
+"""Which file names are images."""
 IMAGE_COLUMNS = ("file", "path", "image", "image_id", "filename", "dicom_name")
 SPLIT_NAMES = {
     "train": "train",
@@ -40,12 +43,16 @@ class Row:
     index: int | None = None
 
 
-def image_folder(folder: Path, suffixes: Iterable[str] = RASTER_SUFFIXES) -> list[Row]:
+def image_folder(folder: Path, accepts: Accepts = is_raster) -> list[Row]:
     """`FOLDER/CLASS/...` or `FOLDER/train|val|test/CLASS/...`: a row per file, labelled by its folder."""
     parts = _subfolders(folder)
-    if parts and all(part.name.lower() in SPLIT_NAMES for part in parts):
-        return [row for part in parts for row in _classes(folder, part, suffixes, SPLIT_NAMES[part.name.lower()])]
-    return _classes(folder, folder, suffixes, None)
+    splits = [part for part in parts if part.name.lower() in SPLIT_NAMES]
+    if not splits:
+        return _classes(folder, folder, accepts, None)
+    if len(splits) < len(parts):
+        other = next(part.name for part in parts if part not in splits)
+        raise InputError(f"{folder} holds {splits[0].name} and {other}: folders are either splits or classes; move the others away")
+    return [row for part in parts for row in _classes(folder, part, accepts, SPLIT_NAMES[part.name.lower()])]
 
 
 def table(
@@ -56,7 +63,7 @@ def table(
     patient_column: str | None = None,
     split_column: str | None = None,
     mask_column: str | None = None,
-    suffixes: Iterable[str] = RASTER_SUFFIXES,
+    accepts: Accepts = is_raster,
 ) -> list[Row]:
     """A row per line of the CSV `labels`, its file looked up below `folder` by path, name or stem."""
     lines = _read_csv(folder, labels)
@@ -66,7 +73,7 @@ def table(
     for flag, column in {"image": image_column, "label": label_column, "patient": patient_column, "split": split_column}.items():
         if column is not None and column not in lines[0]:
             raise InputError(f'{labels.name} has no column "{column}" (--{flag}_column); it has {", ".join(lines[0])}')
-    files = _FileIndex(folder, suffixes)
+    files = _FileIndex(folder, accepts)
     rows = []
     for number, line in enumerate(lines, start=2):
         label = line[label_column].strip()
@@ -83,22 +90,23 @@ def table(
                 mask=folder / line[mask_column] if mask_column else None,
             )
         )
+    twice = next((name for name, count in Counter(row.name for row in rows).items() if count > 1), None)
+    if twice is not None:
+        raise InputError(f"{labels.name} has several lines for {twice}: one line, with one label, is expected")
     return rows
-
-
-def dicom_tree(folder: Path) -> list[Row]:
-    """DICOM files in one folder per class."""
-    return image_folder(folder, DICOM_SUFFIXES)
 
 
 def medmnist(path: Path, class_names: Sequence[str] | None = None) -> list[Row]:
     """A MedMNIST npz: `train_images`, `train_labels`, and the same for `val` and `test`; its splits are kept."""
     file = _only_npz(path)
-    with np.load(file, allow_pickle=False) as archive:
-        splits = [name.removesuffix("_images") for name in archive.files if name.endswith("_images")]
-        if not splits:
-            raise InputError(f"{file.name}: no array ends in _images; a MedMNIST npz has train_images, train_labels, ...")
-        labels = {split: archive[f"{split}_labels"] for split in splits if f"{split}_labels" in archive.files}
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            splits = [name.removesuffix("_images") for name in archive.files if name.endswith("_images")]
+            labels = {split: archive[f"{split}_labels"] for split in splits if f"{split}_labels" in archive.files}
+    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
+        raise InputError(f"{file.name} is not an npz that can be read ({error})") from error
+    if not splits:
+        raise InputError(f"{file.name}: no array ends in _images; a MedMNIST npz has train_images, train_labels, ...")
     rows = []
     for split in splits:
         if split not in labels:
@@ -142,18 +150,17 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
-def _images(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    allowed = frozenset(suffixes)
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix.lower() in allowed and not file.name.startswith("."))
+def _images(folder: Path, accepts: Accepts) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and accepts(file) and not file.name.startswith("."))
 
 
-def _classes(root: Path, folder: Path, suffixes: Iterable[str], split: str | None) -> list[Row]:
+def _classes(root: Path, folder: Path, accepts: Accepts, split: str | None) -> list[Row]:
     classes = _subfolders(folder)
     if not classes:
         raise InputError(f"{folder}: no folders in it; one folder per class is expected")
     rows = []
     for child in classes:
-        files = _images(child, suffixes)
+        files = _images(child, accepts)
         if not files:
             raise InputError(f"class {child.name}: no image in {_relative(child, root)}; fill the folder or remove it")
         rows += [Row(name=_relative(file, root), file=file, label=child.name, split=split) for file in files]
@@ -164,8 +171,11 @@ def _read_csv(folder: Path, labels: Path) -> list[dict[str, str]]:
     file = folder / labels if (folder / labels).is_file() else labels
     if not file.is_file():
         raise InputError(f"--labels {labels}: no such file, neither here nor in {folder}")
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        lines = [{key: value or "" for key, value in line.items() if key is not None} for line in csv.DictReader(stream)]
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            lines = [{key: value or "" for key, value in line.items() if key is not None} for line in csv.DictReader(stream)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--labels {labels} cannot be read ({error}): save it as comma-separated UTF-8") from error
     if not lines:
         raise InputError(f"--labels {labels}: no line in it")
     return lines
@@ -185,11 +195,11 @@ def _relative(file: Path, folder: Path) -> str:
 class _FileIndex:
     """Files below a folder by relative path, by name and by stem; a name that several files share is refused."""
 
-    def __init__(self, folder: Path, suffixes: Iterable[str]) -> None:
+    def __init__(self, folder: Path, accepts: Accepts) -> None:
         if not folder.is_dir():
             raise InputError(f"--data_dir {folder}: no such folder")
         self.folder = folder
-        files = _images(folder, suffixes)
+        files = _images(folder, accepts)
         self.paths = {_relative(file, folder): file for file in files}
         self.counts = Counter(name for file in files for name in {file.name, file.stem})
         self.names = {name: file for file in files for name in (file.name, file.stem)}

@@ -14,11 +14,13 @@ from medsd.data.intensity import IntensityMap
 from medsd.errors import InputError
 
 
-def fit_square(image: np.ndarray, resolution: int, resize: str, nearest: bool = False) -> tuple[np.ndarray, tuple[float, float]]:
+def fit_square(
+    image: np.ndarray, resolution: int, resize: str, nearest: bool = False, background: float | None = None
+) -> tuple[np.ndarray, tuple[float, float]]:
     """`(C, H, W)` -> `(C, R, R)` of the same dtype, and the (row, column) scale new/old.
 
     The image shrinks by area averaging (or to the nearest pixel) and is never enlarged; what is missing is padded with
-    the smallest value of the image. `pad` keeps all, `crop` the middle square, `stretch` gives up the aspect.
+    `background`, by default the smallest value of the image. `pad` keeps all, `crop` the middle square, `stretch` gives up the aspect.
     """
     image = _middle_square(image) if resize == "crop" else image
     height, width = image.shape[-2:]
@@ -28,7 +30,7 @@ def fit_square(image: np.ndarray, resolution: int, resize: str, nearest: bool = 
     shrunk = _shrink(image, max(1, round(height * scale[0])), max(1, round(width * scale[1])), nearest)
     missing = [resolution - side for side in shrunk.shape[-2:]]
     margins = [(0, 0), *((gap // 2, gap - gap // 2) for gap in missing)]
-    return np.pad(shrunk, margins, constant_values=image.min()), (scale[0], scale[1])
+    return np.pad(shrunk, margins, constant_values=image.min() if background is None else background), (scale[0], scale[1])
 
 
 def _middle_square(image: np.ndarray) -> np.ndarray:

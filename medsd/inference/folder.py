@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from medsd.data.dataset import INFO_FILE, DataInfo
 from medsd.errors import InputError
 from medsd.inference.likelihood import Calibration
+from medsd.runtime import write_text
 
 INDEX_FILE = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -32,7 +33,7 @@ class Base:
     """The model that LoRA adapters belong to."""
 
     name: str
-    """Hub id, or path relative to the run."""
+    """Hub id, or path: in `medsd.json` relative to the run, in memory absolute."""
     revision: str | None
     sha256: str | None
     """Of a local base's UNet weights."""
@@ -60,7 +61,10 @@ def read_info(folder: Path) -> PipelineInfo:
     path = folder / INFO_FILE
     if not path.is_file():
         return PipelineInfo()
-    record = json.loads(path.read_text())
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: copy the folder again") from error
     if "codec" not in record:
         raise InputError(f"{folder} is a data folder, not a pipeline folder: name the folder that finetune_unet.py wrote")
     calibration = record["calibration"]
@@ -95,12 +99,14 @@ def _training_state(folder: Path) -> str:
     if not status.is_file():
         return ""
     record = json.loads(status.read_text())
+    if record["state"] == "finished":
+        return ""
     return f" (training is {record['state']} at step {record['step']}; go on with --resume_from_checkpoint latest)"
 
 
 def write_info(folder: Path, info: PipelineInfo) -> None:
     """Write `medsd.json`."""
-    (folder / INFO_FILE).write_text(json.dumps(info.to_dict(), indent=2) + "\n")
+    write_text(folder / INFO_FILE, json.dumps(info.to_dict(), indent=2) + "\n")
 
 
 def write_embeddings(folder: Path, embeddings: dict[str, torch.Tensor]) -> None:
@@ -117,8 +123,8 @@ def read_embeddings(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def looks_like_hub_id(name: str) -> bool:
-    """Whether `name` can be a Hub repository (`user/name`) rather than a path."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not name.startswith("runs/")
+    """Whether `name` can be a Hub repository (`user/name`) rather than a path: its first part is no folder here."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name.split("/")[0]).is_dir()
 
 
 def download_record(hub_id: str, revision: str | None) -> Path:
@@ -141,9 +147,15 @@ def push(save: Callable[[str], None], repo_id: str, private: bool, revision: str
 
 
 def publish(made: Path, folder: Path) -> None:
-    """Move everything in `made` to `folder`, parts first, the index and `medsd.json` last, and remove `made`."""
+    """Move everything in `made` to `folder` and remove `made`.
+
+    Old index and `medsd.json` go first and the new ones come last, so that a folder which has them is whole.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(made.iterdir(), key=lambda path: (path.is_file(), path.name == INDEX_FILE)):
+    last = (INDEX_FILE, INFO_FILE)
+    for name in last:
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(made.iterdir(), key=lambda path: path.name in last):
         target = folder / path.name
         if target.is_dir():
             shutil.rmtree(target)
@@ -164,20 +176,25 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def describe_base(base: str, revision: str | None, run: Path) -> Base:
-    """Record of the model that a LoRA run in `run` starts from."""
+def describe_base(base: str, revision: str | None) -> Base:
+    """Record of the model that LoRA adapters start from."""
     if Path(base).is_dir():
-        return Base(os.path.relpath(base, run), None, weights_sha256(Path(base)))
+        return Base(str(Path(base).resolve()), None, weights_sha256(Path(base)))
     return Base(base, revision, None)
 
 
-def locate_base(base: Base, run: Path) -> str:
-    """Path or Hub id of a LoRA run's base; raises InputError where it has changed since."""
+def relative_base(base: Base, run: Path) -> Base:
+    """The record as `medsd.json` in `run` holds it."""
+    return base if base.sha256 is None else replace(base, name=os.path.relpath(base.name, run.resolve()))
+
+
+def locate_base(base: Base, run: Path) -> Base:
+    """Inverse of `relative_base`; raises InputError where the base is gone or has changed since."""
     if base.sha256 is None:
-        return base.name
-    folder = Path(os.path.normpath(run / base.name))
+        return base
+    folder = (run.resolve() / base.name).resolve()
     if not folder.is_dir():
         raise InputError(f"{run} holds LoRA adapters of {folder}, which is not there: bring it back to that place")
     if weights_sha256(folder) != base.sha256:
         raise InputError(f"{run} holds LoRA adapters of {folder}, whose weights have changed since: restore them or train again")
-    return str(folder)
+    return replace(base, name=str(folder))

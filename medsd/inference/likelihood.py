@@ -17,6 +17,7 @@ from medsd.objectives.diffusion import denoising_error, epsilon_error_factor, lo
 
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Any]
 
+SMALLEST_PRIOR = 1e-12
 NEGLIGIBLE = 1e-3
 """A class whose probability is surely below this needs no more pairs."""
 POSTERIOR_TOLERANCE = 0.1
@@ -43,6 +44,16 @@ class Calibration:
 
     temperature: float
     bias: tuple[float, ...]
+
+    def logits(self, log_likelihoods: np.ndarray, prior: np.ndarray | None = None) -> np.ndarray:
+        """Log-posterior `(N, K)` up to a constant per image, under a class prior `(K,)` (default uniform)."""
+        logits = log_likelihoods / self.temperature + np.asarray(self.bias)
+        return logits if prior is None else logits + np.log(np.maximum(prior, SMALLEST_PRIOR))
+
+    @classmethod
+    def none(cls, classes: int) -> "Calibration":
+        """Leaves log-likelihoods as they are."""
+        return cls(1.0, (0.0,) * classes)
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,7 @@ def score_classes(
     mode: str = "full",
     delta: float = 0.05,
     calibration: Calibration | None = None,
+    prior: np.ndarray | None = None,
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Scores:
@@ -111,8 +123,9 @@ def score_classes(
     Args:
         predict: `predict(x_t, timesteps, condition)`; any denoiser will do.
         conditions: `(K, tokens, dim)`, one per class.
-        mode: `full` scores every pair; `decide` drops classes until one is left, so that the answer differs from the full
-            plan's with probability `delta` at most; `posterior` stops when probabilities under `calibration` are known well.
+        mode: `full` scores every pair; `decide` drops classes until one is left, so that the class of the largest posterior
+            differs from the full plan's with probability `delta` at most; `posterior` stops when probabilities are known well.
+        calibration, prior: what makes log-likelihoods a posterior; the race runs on that.
         batch_size: rows per call; every batch is full, so a score does not depend on its neighbours.
         progress: called with the number of rows of every batch.
     """
@@ -122,6 +135,8 @@ def score_classes(
     losses = np.full((count, classes, pairs), np.nan, dtype=np.float32)
     active = np.ones((count, classes), dtype=bool)
     looks = [pairs] if mode == "full" else _looks(pairs)
+    calibration = calibration or Calibration.none(classes)
+    favour = calibration.temperature * calibration.logits(np.zeros((1, classes)), prior)[..., None]
     done = 0
     for look in looks:
         rows = np.argwhere(np.broadcast_to(active[:, None, :], (count, look - done, classes)))
@@ -129,9 +144,9 @@ def score_classes(
         _score_rows(predict, scheduler, latents, conditions, plan, rows, losses, batch_size, progress)
         done = look
         if mode == "decide":
-            active = _undecided(losses[..., :look], active, delta / (max(classes - 1, 1) * len(looks)), pairs)
+            active = _undecided(losses[..., :look] - favour, active, delta / (max(classes - 1, 1) * len(looks)), pairs)
         elif mode == "posterior":
-            active = _unsettled(losses[..., :look], active, calibration or Calibration(1.0, (0.0,) * classes))
+            active = _unsettled(losses[..., :look] - favour, active, calibration.temperature)
         if not active.any():
             break
     return _summarise(losses)
@@ -201,12 +216,10 @@ def _undecided(losses: np.ndarray, active: np.ndarray, error: float, max_pairs: 
     return active & (active.sum(1, keepdims=True) > 1)
 
 
-def _unsettled(losses: np.ndarray, active: np.ndarray, calibration: Calibration) -> np.ndarray:
+def _unsettled(losses: np.ndarray, active: np.ndarray, temperature: float) -> np.ndarray:
     """Classes whose calibrated log-posterior difference to the leader is neither known well nor surely negligible."""
     leader, means, differences = _against_leader(losses)
-    bias = np.asarray(calibration.bias)
-    deviation = np.sqrt(_variance_of_mean(differences)) / calibration.temperature
-    log_odds = -means / calibration.temperature + bias - bias[leader][:, None]
+    deviation, log_odds = np.sqrt(_variance_of_mean(differences)) / temperature, -means / temperature
     unknown = active & (deviation > POSTERIOR_TOLERANCE) & (log_odds + 2 * deviation > np.log(NEGLIGIBLE))
     unknown[np.arange(len(losses)), leader] = unknown.any(1)
     return unknown
@@ -220,11 +233,7 @@ def _summarise(losses: np.ndarray) -> Scores:
 
 def posterior(log_likelihoods: np.ndarray, calibration: Calibration | None = None, prior: np.ndarray | None = None) -> np.ndarray:
     """Class probabilities `(N, K)` by Bayes' rule, under a temperature and class bias and a prior `(K,)` (default uniform)."""
-    logits = log_likelihoods
-    if calibration is not None:
-        logits = logits / calibration.temperature + np.asarray(calibration.bias)
-    if prior is not None:
-        logits = logits + np.log(np.maximum(prior, 1e-12))
+    logits = (calibration or Calibration.none(log_likelihoods.shape[1])).logits(log_likelihoods, prior)
     exponentials = np.exp(logits - logits.max(1, keepdims=True))
     return exponentials / exponentials.sum(1, keepdims=True)
 

@@ -4,7 +4,6 @@ Images are `(C, H, W)` in the source's own unit at the door and `[-1, 1]` inside
 """
 
 import inspect
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from medsd.data.dataset import DataInfo
+from medsd.data.files import pixels_of
 from medsd.data.intensity import Range
 from medsd.data.prompts import class_words
 from medsd.data.transforms import fit_square, to_unit
@@ -26,11 +26,13 @@ from medsd.errors import InputError
 from medsd.inference import folder as folders
 from medsd.inference.folder import PipelineInfo
 from medsd.inference.likelihood import Calibration, fit_calibration, make_plan, posterior, score_classes
+from medsd.inference.pictures import picture
 from medsd.models.codec import Codec, KLCodec, PixelCodec, build_codec, load_vae
 from medsd.models.conditioning import add_class_tokens, build_text_encoder, build_tokenizer, encode, set_embeddings, tokenize
 from medsd.models.lora import lora_layers
 from medsd.models.presets import PRESETS
 from medsd.models.unet import build_unet, check_side
+from medsd.runtime import partial_folder
 
 ENCODE_BATCH = 32
 SD_SCHEDULE = {
@@ -130,16 +132,23 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
     def replace_vae(self, vae: Any) -> None:
         """Take another autoencoder of the same latent space; a LoRA folder then holds it, too."""
         self.register_modules(vae=vae)
-        self.info = replace(self.info, own_vae=True)
+        self.info = replace(self.info, own_vae=True, codec=KLCodec(vae, vae.config.in_channels).to_dict())
 
     def change_schedule(self, **changes: str | None) -> None:
         """Replace settings of the noise schedule (`prediction_type`, `beta_schedule`); None keeps one."""
         wanted = {name: value for name, value in changes.items() if value is not None}
         self.scheduler = type(self.scheduler).from_config(self.scheduler.config, **wanted)
 
-    def record_base(self, base: str, revision: str | None, run: Path) -> None:
-        """Note the model that this pipeline's adapters, soon saved in `run`, belong to."""
-        self.info = replace(self.info, base=folders.describe_base(base, revision, run))
+    def record_base(self, base: str, revision: str | None) -> None:
+        """Note the model that this pipeline's adapters belong to."""
+        self.info = replace(self.info, base=folders.describe_base(base, revision))
+
+    def merge_lora(self) -> None:
+        """Add the adapters to the UNet's weights, which are whole and trainable then."""
+        self.fuse_lora()
+        self.unload_lora_weights()
+        self.unet.requires_grad_(True)
+        self.info = replace(self.info, base=None)
 
     # Generation
 
@@ -170,6 +179,7 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         shape = (len(condition), self.unet.config.in_channels, *(self.unet.config.sample_size,) * 2)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=condition.dtype)
+        latents = latents.to(self._execution_device, condition.dtype)
         latents = self._denoise(latents, condition, num_inference_steps, guidance_scale, generator)
         return ImagePipelineOutput(images=self._finish(latents, output_type))
 
@@ -252,25 +262,47 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         calibration = self.info.calibration if names == self.class_names and weighting == "uniform" else None
         latents = self.encode_images(images)
         plan = make_plan(self.noise_schedule, max_pairs, tuple(latents.shape[1:]), weighting, seed)
+        conditions = self.encode_prompts(prompts)
         scores = score_classes(
-            self.unet, self.noise_schedule, latents, self.encode_prompts(prompts), plan, mode, delta, calibration, batch_size, progress
+            self._predict, self.noise_schedule, latents, conditions, plan, mode, delta, calibration, prior, batch_size, progress
         )
         probabilities = posterior(scores.log_likelihoods, calibration, prior)
         predictions = [names[index] for index in probabilities.argmax(1)]
         return ClassifyOutput(predictions, probabilities, calibration is not None, **vars(scores), rows=scores.rows)
 
-    def calibrate(self, images: Sequence[np.ndarray | Image.Image], labels: Sequence[str | int], **options: Any) -> Calibration:
-        """Fit temperature and class bias on labelled held-out images; kept in `medsd.json` and used by `classify`.
+    def _predict(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """The UNet in its own precision."""
+        return self.unet(x_t.to(self.unet.dtype), timesteps, condition.to(self.unet.dtype)).sample
 
-        Args:
-            labels: class names or indices.
-            options: of `classify`, but for mode (all pairs are scored) and prior.
+    def calibrate(
+        self,
+        images: Sequence[np.ndarray | Image.Image],
+        labels: Sequence[str | int],
+        max_pairs: int = 64,
+        batch_size: int = 64,
+        seed: int = 0,
+        progress: Callable[[int], None] = lambda rows: None,
+    ) -> Calibration:
+        """Fit temperature and class bias on labelled held-out images, with all pairs and uniform weights.
+
+        They are kept in `medsd.json` and used by `classify`. `labels` are class names or indices. Raises InputError for an
+        unknown class and for a class without an image.
         """
-        indices = np.array([self.class_names.index(label) if isinstance(label, str) else int(label) for label in labels])
-        output = self.classify(images, mode="full", **options)
+        indices = np.array([self._class_index(label) for label in labels])
+        missing = sorted(set(range(len(self.class_names))) - set(indices.tolist()))
+        if missing:
+            raise InputError(f"no image of {self.class_names[missing[0]]} to calibrate on: add some, or do without calibration")
+        output = self.classify(images, mode="full", max_pairs=max_pairs, batch_size=batch_size, seed=seed, progress=progress)
         calibration = fit_calibration(output.log_likelihoods, indices)
         self.info = replace(self.info, calibration=calibration)
         return calibration
+
+    def _class_index(self, label: str | int) -> int:
+        if label in self.class_names:
+            return self.class_names.index(label)
+        if isinstance(label, int | np.integer) and 0 <= label < len(self.class_names):
+            return int(label)
+        raise InputError(f'unknown class "{label}"; this pipeline knows {", ".join(self.class_names) or "none"}')
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[np.ndarray | Image.Image]) -> torch.Tensor:
@@ -285,7 +317,7 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         return torch.cat(latents)
 
     def _fit(self, image: np.ndarray | Image.Image) -> np.ndarray:
-        pixels = np.moveaxis(np.atleast_3d(np.asarray(image)), -1, 0) if isinstance(image, Image.Image) else np.asarray(image)
+        pixels = pixels_of(image) if isinstance(image, Image.Image) else np.asarray(image)
         expected = self.data.image_channels
         if pixels.ndim != 3:
             raise InputError(f"an image of shape {pixels.shape}; (channels, height, width) is expected, as medsd.read_image gives")
@@ -341,8 +373,12 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
     @classmethod
     def _from_lora(cls, run: Path, info: PipelineInfo, options: dict[str, Any]) -> "MedSDPipeline":
         options = {key: value for key, value in options.items() if key != "revision"}
-        pipe = cls.from_pretrained(folders.locate_base(info.base, run), revision=info.base.revision, **options)
+        info = replace(info, base=folders.locate_base(info.base, run))
         embeddings = folders.read_embeddings(run)
+        missing = [token for token in info.data.class_tokens if token not in embeddings]
+        if missing or not (run / folders.LORA_FILE).is_file():
+            raise InputError(f"{run} misses {missing[0] if missing else folders.LORA_FILE}: copy the LoRA folder again")
+        pipe = cls.from_pretrained(info.base.name, revision=info.base.revision, **options)
         add_class_tokens(pipe.tokenizer, pipe.text_encoder, {token: class_words(token) for token in embeddings})
         set_embeddings(pipe.tokenizer, pipe.text_encoder, embeddings)
         if (run / "vae").is_dir():
@@ -360,9 +396,7 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write the pipeline folder; it has an index only once all its parts are there."""
         target = Path(save_directory)
-        made = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir(parents=True)
+        made = partial_folder(target)
         if self.info.base is not None:
             self._save_lora(made)
         elif self.is_sd_shaped:
@@ -371,7 +405,8 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
             plain.save_pretrained(made, **options)
         else:
             super().save_pretrained(made, **options)
-        folders.write_info(made, self.info)
+        base = self.info.base and folders.relative_base(self.info.base, target)
+        folders.write_info(made, replace(self.info, base=base))
         folders.publish(made, target)
 
     def _save_lora(self, made: Path) -> None:
@@ -384,13 +419,10 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         folders.write_embeddings(made, {token: table[index] for token, index in zip(self.data.class_tokens, ids, strict=True)})
 
     def push_to_hub(self, repo_id: str, private: bool = True, revision: str | None = None, **options: Any) -> str:
-        """Save to a temporary folder and upload it; returns the repository's address."""
+        """Save to a temporary folder and upload it; returns the repository's address.
+
+        Raises InputError for LoRA adapters of a local base, which nobody else could load.
+        """
+        if self.info.base is not None and self.info.base.sha256 is not None:
+            raise InputError(f"these LoRA adapters belong to the local folder {self.info.base.name}: call merge_lora() before pushing")
         return folders.push(self.save_pretrained, repo_id, private, revision, **options)
-
-
-def picture(unit: torch.Tensor) -> Image.Image:
-    """8-bit view of one image `(C, H, W)` in `[-1, 1]`: grey, colour, or other channels side by side."""
-    grey = ((unit + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
-    if len(grey) == 3:
-        return Image.fromarray(np.moveaxis(grey, 0, -1))
-    return Image.fromarray(np.concatenate(list(grey), axis=1))

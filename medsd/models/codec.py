@@ -4,7 +4,6 @@
 interface, so nothing else asks which one it is.
 """
 
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -133,19 +132,19 @@ def build_vae(preset: Preset, channels: int) -> AutoencoderKL:
 
 def load_vae(name: str) -> AutoencoderKL:
     """An `AutoencoderKL` from its own folder or Hub id, or from a pipeline folder's `vae/`; safetensors only."""
-    subfolder = "vae" if (Path(name) / "vae").is_dir() else None
-    try:
-        return AutoencoderKL.from_pretrained(name, subfolder=subfolder, use_safetensors=True)
-    except OSError as error:
-        raise InputError(f"{name}: no AutoencoderKL with safetensors weights there ({str(error).splitlines()[0]})") from error
+    problem = ""
+    for subfolder in ("vae", None):
+        try:
+            return AutoencoderKL.from_pretrained(name, subfolder=subfolder, use_safetensors=True)
+        except OSError as error:
+            problem = str(error).splitlines()[0]
+    raise InputError(f"{name}: no AutoencoderKL with safetensors weights there ({problem})")
 
 
 @torch.no_grad()
-def reconstruct(codec: Codec, images: torch.Tensor) -> torch.Tensor:
+def reconstruct(codec: KLCodec, images: torch.Tensor) -> torch.Tensor:
     """Images `(B, C, H, W)` in `[-1, 1]` through the codec and back, on the CPU, clipped to the range."""
-    vae = getattr(codec, "vae", None)
-    device = images.device if vae is None else vae.device
-    return codec.decode(codec.encode(images.to(device))).clamp(-1, 1).float().cpu()
+    return codec.decode(codec.encode(images.to(codec.vae.device))).clamp(-1, 1).float().cpu()
 
 
 @torch.no_grad()

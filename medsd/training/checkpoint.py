@@ -26,7 +26,14 @@ class TrainState:
     ) -> None:
         self.parameters = parameters
         self.optimizer, self.schedule = optimizer, schedule
+        self.losses: list[torch.Tensor] = []
         self.ema = EMAModel(self.parameters.values(), decay=ema_decay, foreach=True) if ema_decay is not None else None
+
+    def mean_loss(self, accelerator: Any) -> float:
+        """Over all micro-batches and processes since the last call."""
+        mean = torch.stack(self.losses).mean()
+        self.losses.clear()
+        return accelerator.reduce(mean, reduction="mean").item()
 
     @property
     def size(self) -> int:
@@ -40,6 +47,7 @@ class TrainState:
 
     def learn(self, accelerator: Any, loss: torch.Tensor, max_grad_norm: float) -> None:
         """Backward pass of one micro-batch, and the optimizer's update after the last one."""
+        self.losses.append(loss.detach())
         accelerator.backward(loss)
         if accelerator.sync_gradients:
             accelerator.clip_grad_norm_(list(self.parameters.values()), max_grad_norm)
@@ -119,7 +127,8 @@ def trained_parameters(modules: dict[str, torch.nn.Module]) -> dict[str, torch.n
 
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    found = [path for path in run.glob("checkpoint-*") if path.name.split("-", 1)[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def find_checkpoint(run: Path, wanted: str | None) -> Path | None:

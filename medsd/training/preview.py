@@ -9,7 +9,8 @@ from PIL import Image
 from medsd.data.dataset import available_splits, load_dataset
 from medsd.evaluation.classification import classification_metrics
 from medsd.inference.likelihood import make_plan
-from medsd.inference.pipeline import MedSDPipeline, picture
+from medsd.inference.pictures import grid
+from medsd.inference.pipeline import MedSDPipeline
 from medsd.objectives.diffusion import denoising_error
 
 PREVIEW_STEPS = 20
@@ -78,15 +79,3 @@ def preview(pipe: MedSDPipeline, columns: int = 4, seed: int = 0, names: Sequenc
         ).images
         rows.append(images * 2 - 1)
     return grid(torch.stack(rows))
-
-
-def grid(images: torch.Tensor, side: int = 128) -> Image.Image:
-    """Images `(rows, columns, C, H, W)` in `[-1, 1]` as one picture; small ones are enlarged to about `side` pixels."""
-    views = [[picture(image) for image in row] for row in images]
-    width, height = views[0][0].size
-    zoom = max(1, side // height)
-    sheet = Image.new(views[0][0].mode, (len(views[0]) * width * zoom, len(views) * height * zoom))
-    for row, line in enumerate(views):
-        for column, view in enumerate(line):
-            sheet.paste(view.resize((width * zoom, height * zoom), Image.Resampling.NEAREST), (column * width * zoom, row * height * zoom))
-    return sheet

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from dataclasses import asdict
@@ -109,5 +110,7 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str | None:
     here = Path(__file__).parent
+    if shutil.which("git") is None:
+        return None
     answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     return answer.stdout.strip() or None

@@ -1,6 +1,5 @@
 """What every training recipe does once, before its loop."""
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,33 +10,10 @@ import torch
 
 from medsd.data.transforms import TrainingOrder, training_loader
 from medsd.errors import InputError
-from medsd.training.checkpoint import TrainState, checkpoints, trained_parameters
+from medsd.runtime import use_all_cores
+from medsd.training.checkpoint import TrainState, trained_parameters
 
 EMA_DECAY = 0.999
-
-
-def quiet_libraries() -> None:
-    """Keep libraries' notices about what is not installed from the user; warnings that matter still show."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import diffusers
-    import transformers
-
-    datasets.disable_progress_bars()
-    for library in (datasets, diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
-
-
-def check_output(folder: Path, overwrite: bool, resume: str | None) -> None:
-    """Raise InputError for a folder in use; empty it where `overwrite` says so."""
-    if not folder.is_dir() or not any(folder.iterdir()) or resume:
-        return
-    if not overwrite:
-        hint = " (--resume_from_checkpoint latest goes on)" if checkpoints(folder) else ""
-        raise InputError(f"{folder} is not empty: choose another --output_dir or add --overwrite{hint}")
-    shutil.rmtree(folder)
 
 
 def build_accelerator(mixed_precision: str, accumulation: int, seed: int) -> Any:
@@ -53,10 +29,11 @@ def build_accelerator(mixed_precision: str, accumulation: int, seed: int) -> Any
     return accelerator
 
 
-def use_all_cores(accelerator: Any) -> None:
-    """On a CPU, share the cores among the processes; `accelerate launch` would leave each with one thread."""
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
+def clear_output(accelerator: Any, folder: Path, overwrite: bool) -> None:
+    """With `overwrite`, empty a folder that `check_output` allowed; everything that can be refused has been refused by then."""
+    if overwrite and accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    accelerator.wait_for_everyone()
 
 
 def start(

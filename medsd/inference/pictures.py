@@ -1,0 +1,26 @@
+"""8-bit views of images in `[-1, 1]`."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def picture(unit: torch.Tensor) -> Image.Image:
+    """One image `(C, H, W)`: grey, colour, or other channels side by side."""
+    grey = ((unit + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+    if len(grey) == 3:
+        return Image.fromarray(np.moveaxis(grey, 0, -1))
+    return Image.fromarray(np.concatenate(list(grey), axis=1))
+
+
+def grid(images: torch.Tensor, side: int = 128) -> Image.Image:
+    """Images `(rows, columns, C, H, W)` on one sheet; small ones are enlarged to about `side` pixels."""
+    views = [[picture(image) for image in row] for row in images]
+    width, height = views[0][0].size
+    zoom = max(1, side // height)
+    sheet = Image.new(views[0][0].mode, (len(views[0]) * width * zoom, len(views) * height * zoom))
+    for row, line in enumerate(views):
+        for column, view in enumerate(line):
+            enlarged = view.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (column * width * zoom, row * height * zoom))
+    return sheet

@@ -1,0 +1,76 @@
+"""What every recipe needs of its process: an output folder that is free, all cores, and quiet libraries.
+
+A folder *belongs to medsd* when it holds one of the files that medsd writes; no other folder is ever replaced.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from medsd.errors import InputError
+
+MARKS = ("medsd.json", "status.json", "metrics.json", "manifest.jsonl")
+
+
+def check_output(folder: Path, overwrite: bool, inputs: Sequence[str | Path | None] = ()) -> None:
+    """Raise InputError where a run may not write to `folder`; nothing is touched.
+
+    It must be empty or absent, or with `overwrite` belong to medsd and hold none of the run's `inputs`.
+    """
+    if not folder.name:
+        raise InputError(f"--output_dir {folder}: name a folder of its own, such as runs/mine")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        hint = ", or go on with --resume_from_checkpoint latest" if any(folder.glob("checkpoint-*")) else ""
+        raise InputError(f"{folder} is not empty: choose another --output_dir or add --overwrite{hint}")
+    if not any((folder / mark).exists() for mark in MARKS):
+        raise InputError(f"{folder} holds files that medsd did not write, so --overwrite leaves it alone: choose another --output_dir")
+    for source in inputs:
+        if source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{source} lies in {folder}, which --overwrite would replace: choose another --output_dir")
+
+
+def replace_folder(made: Path, final: Path) -> None:
+    """Put the finished folder `made` in the place of `final`."""
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(made, final)
+
+
+def partial_folder(final: Path) -> Path:
+    """A fresh hidden folder beside `final`, to be filled and then put in its place."""
+    made = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
+    return made
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is never seen half-written."""
+    made = path.with_name(f".{path.name}.partial")
+    made.write_text(text)
+    os.replace(made, path)
+
+
+def use_all_cores(accelerator: Any) -> None:
+    """On a CPU, share the cores among the processes; `accelerate launch` would leave each with one thread."""
+    import torch
+
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' progress bars and notices from the user; medsd says what is going on."""
+    import datasets
+    import diffusers
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    datasets.disable_progress_bars()
+    for library in (datasets, diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
