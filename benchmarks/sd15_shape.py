@@ -17,6 +17,16 @@ REPOSITORY = Path(__file__).parents[1]
 SD15_VOCABULARY = 49408
 
 
+CLASSIFY = """
+import sys
+from medsd import MedSDPipeline, load_dataset
+pipe = MedSDPipeline.from_pretrained(sys.argv[1])
+image = load_dataset(sys.argv[2], "test")[0]["image"]
+output = pipe.classify([image], prompts=pipe.data.prompts[:2], mode="full", max_pairs=2, batch_size=2)
+print("log-likelihoods", output.log_likelihoods, "rows", output.rows)
+"""
+
+
 def write_folder(folder: Path) -> None:
     """Random weights in the shapes of Stable Diffusion 1.5: UNet 860 M, CLIP ViT-L/14 text encoder 123 M, VAE 84 M parameters."""
     import torch
@@ -89,12 +99,10 @@ def main() -> None:
         write_folder(folder / "base")
     if not (folder / "data").is_dir():
         write_data(folder)
-    quick = ["--max_train_steps", "1", "--train_batch_size", "1", "--validation_steps", "1000", "--no_use_ema", "--overwrite"]
+    quick = ["--max_train_steps", "1", "--train_batch_size", "1", "--validation_steps", "0", "--no_use_ema", "--overwrite"]
     base = ["--pretrained_model_name_or_path", f"{folder}/base", "--dataset_name", f"{folder}/data"]
-    timed(
-        "one LoRA step", "recipes/finetune_unet.py", *base, "--rank", "16", "--output_dir", f"{folder}/lora", "--preview_steps", "1", *quick
-    )
-    timed("classify one image with two classes", __file__, "--classify", str(folder))
+    timed("one LoRA step", "recipes/finetune_unet.py", *base, "--rank", "16", "--output_dir", f"{folder}/lora", *quick)
+    timed("classify one image with two classes", "-c", CLASSIFY, f"{folder}/lora", f"{folder}/data")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ USER_ERROR = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
 PHANTOM = "phantom"
-MAY_BE_ZERO = frozenset({"seed", "num_workers", "dataloader_num_workers", "lr_warmup_steps", "random_shift"})
+MAY_BE_ZERO = frozenset(
+    {"seed", "num_workers", "dataloader_num_workers", "lr_warmup_steps", "random_shift", "validation_steps", "checkpointing_steps"}
+)
 
 Result = TypeVar("Result")
 
@@ -134,9 +136,9 @@ class TrainingConfig(RecipeConfig):
     seed: int = 0
     """Seed of weights, order, noise and timesteps."""
     validation_steps: int = 1000
-    """Updates between two looks at held-out loss, quick AUROC and previews."""
+    """Updates between two looks at held-out loss, quick AUROC and previews (and one at the end); 0 for none."""
     checkpointing_steps: int = 1000
-    """Updates between two checkpoints."""
+    """Updates between two checkpoints (and one at the end); 0 for none."""
     checkpoints_total_limit: int | None = 2
     """Checkpoints kept; the oldest go first."""
     resume_from_checkpoint: str | None = None

@@ -55,10 +55,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def use_all_cores(accelerator: Any) -> None:
-    """On a CPU, share the cores among the processes; `accelerate launch` would leave each with one thread."""
+    """On a CPU, share the cores among the processes, unless OMP_NUM_THREADS says otherwise.
+
+    `accelerate launch` sets that to 1 by itself, so under it the variable does not count.
+    """
     import torch
 
-    if accelerator.device.type == "cpu":
+    chosen = "OMP_NUM_THREADS" in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ
+    if accelerator.device.type == "cpu" and not chosen:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
 
 

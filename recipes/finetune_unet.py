@@ -141,7 +141,7 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
     from medsd.objectives.diffusion import denoising_error, min_snr_weight, sample_timesteps
     from medsd.training.checkpoint import find_checkpoint
     from medsd.training.preview import HeldOut
-    from medsd.training.setup import batches, start
+    from medsd.training.setup import batches, due, start
 
     output_dir = Path(config.output_dir)
     modules = choose_trained(config, pipe)
@@ -188,15 +188,14 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
         state.finish_update()
 
         # What happens once in a while.
-        last = step == config.max_train_steps
-        if step % config.logging_steps == 0 or last:
+        if due(step, config.logging_steps, config.max_train_steps):
             mean_loss = state.mean_loss(accelerator)
             record.log(step, loss=mean_loss, learning_rate=state.learning_rate)
             bar.set_postfix(loss=f"{mean_loss:.4f}")
-        if (step % config.validation_steps == 0 or last) and accelerator.is_main_process:
+        if due(step, config.validation_steps, config.max_train_steps) and accelerator.is_main_process:
             with state.averaged(), accelerator.autocast():
                 look(held_out, record, step, bar.write)
-        if (step % config.checkpointing_steps == 0 or last) and accelerator.is_main_process:
+        if due(step, config.checkpointing_steps, config.max_train_steps) and accelerator.is_main_process:
             state.save(output_dir, step, config.checkpoints_total_limit)
 
     accelerator.wait_for_everyone()

@@ -57,7 +57,7 @@ def train(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec
     from medsd.objectives.autoencoder import kl_divergence, reconstruction_error
     from medsd.runtime import partial_folder
     from medsd.training.checkpoint import find_checkpoint
-    from medsd.training.setup import batches, start
+    from medsd.training.setup import batches, due, start
 
     output_dir, vae = Path(config.output_dir), codec.vae.to(accelerator.device)
     if config.decoder_only:
@@ -99,15 +99,14 @@ def train(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec
         state.finish_update()
 
         # What happens once in a while.
-        last = step == config.max_train_steps
-        if step % config.logging_steps == 0 or last:
+        if due(step, config.logging_steps, config.max_train_steps):
             mean_loss = state.mean_loss(accelerator)
             record.log(step, loss=mean_loss, learning_rate=state.learning_rate)
             bar.set_postfix(loss=f"{mean_loss:.4f}")
-        if (step % config.validation_steps == 0 or last) and accelerator.is_main_process:
+        if due(step, config.validation_steps, config.max_train_steps) and accelerator.is_main_process:
             with state.averaged(), accelerator.autocast():
                 look(config.dataset_name, codec, info, record, step, bar.write)
-        if (step % config.checkpointing_steps == 0 or last) and accelerator.is_main_process:
+        if due(step, config.checkpointing_steps, config.max_train_steps) and accelerator.is_main_process:
             state.save(output_dir, step, config.checkpoints_total_limit)
 
     accelerator.wait_for_everyone()

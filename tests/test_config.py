@@ -28,6 +28,13 @@ def test_folders_are_a_chain_without_flags():
     assert FinetuneUNetConfig().output_dir == GenerateConfig().pipeline == ClassifyConfig().pipeline == "runs/phantom/unet"
 
 
+def test_rules_between_fields_hold_for_yaml_and_flags_together(tmp_path):
+    path = write(tmp_path, "finetune_unet:\n  rank: 4\nprepare_data:\n  source: images\n  prompt_template: a {name} of {label}\n")
+    assert parse(FinetuneUNetConfig, ["--config", path, "--pretrained_model_name_or_path", "x"]).rank == 4
+    config = parse(PrepareDataConfig, ["--config", path, "--data_dir", "scans"])
+    assert config.prompt_template == "a {name} of {label}" and config.output_dir == "runs/scan/data"
+
+
 def test_a_yaml_names_the_chain_and_flags_win(tmp_path):
     path = write(tmp_path, "finetune_unet:\n  preset: small\n  train_batch_size: 8\n  learning_rate: 1.0e-4\n")
     config = parse(FinetuneUNetConfig, ["--config", path, "--train_batch_size", "4"])
@@ -60,6 +67,10 @@ def test_a_wrong_yaml_is_refused(tmp_path, text, message):
         (FinetuneUNetConfig, {"push_to_hub": True}, "--hub_model_id"),
         (FinetuneUNetConfig, {"codec": "kl"}, "--vae"),
         (FinetuneUNetConfig, {"proportion_empty_prompts": 1.5}, "--proportion_empty_prompts"),
+        (FinetuneUNetConfig, {"lora_alpha": 4}, "--rank"),
+        (FinetuneUNetConfig, {"train_batch_size": 0}, "--train_batch_size 0"),
+        (ClassifyConfig, {"max_pairs": -1}, "--max_pairs"),
+        (ClassifyConfig, {"delta": 2.0}, "--delta"),
         (PrepareDataConfig, {"source": "images"}, "--data_dir"),
         (PrepareDataConfig, {"prompt_template": "a scan"}, "{label}"),
     ],
@@ -106,11 +117,13 @@ def test_debug_shows_the_traceback(monkeypatch):
 def test_help_is_quick_and_names_every_flag(recipe):
     from dataclasses import fields
 
-    started = time.perf_counter()
-    answer = subprocess.run(
-        [sys.executable, f"recipes/{recipe.section}.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    assert time.perf_counter() - started < 3
+    command = [sys.executable, f"recipes/{recipe.section}.py", "--help"]
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1
     assert all(f"--{field.name}" in answer.stdout for field in fields(recipe))
     assert "--config" in answer.stdout
 

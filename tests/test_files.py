@@ -10,7 +10,7 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from medsd.data.files import read_file, read_image
+from medsd.data.files import is_dicom, read_file, read_image
 from medsd.errors import InputError
 
 
@@ -49,6 +49,10 @@ def test_dicom_is_in_hounsfield_units(tmp_path):
 def test_fractional_slopes_stay_exact(tmp_path):
     path = dicom(tmp_path / "a.dcm", np.array([[1, 3]]), RescaleSlope=0.5, RescaleIntercept=0)
     np.testing.assert_array_equal(read_image(path), np.array([[[0.5, 1.5]]], dtype=np.float32))
+
+
+def test_a_file_named_by_its_uid_is_dicom(tmp_path):
+    assert is_dicom(dicom(tmp_path / "1.2.840.113", np.ones((2, 2)))) and not is_dicom(tmp_path / "labels.csv")
 
 
 def test_monochrome1_is_inverted(tmp_path):

@@ -100,6 +100,22 @@ def test_decide_agrees_with_the_full_plan_and_costs_less(delta):
     assert (full.rows == 4 * 128).all()
 
 
+def test_decide_races_on_the_posterior():
+    """A class that only wins through its bias or prior must not be dropped."""
+    scheduler = schedule()
+    world = GaussianClasses(scheduler, classes=3, spread=0.6)
+    latents = torch.cat([world.draw(40, label, seed=label) for label in range(3)])
+    plan = make_plan(scheduler, 64, tuple(latents.shape[1:]), seed=2)
+    full = score_classes(world.predict, scheduler, latents, world.conditions, plan, batch_size=1024)
+    calibration, prior = Calibration(2.0, (3.0, 0.0, -3.0)), np.array([0.1, 0.2, 0.7])
+    raced = score_classes(
+        world.predict, scheduler, latents, world.conditions, plan, "decide", calibration=calibration, prior=prior, batch_size=1024
+    )
+    answers = [posterior(scores.log_likelihoods, calibration, prior).argmax(1) for scores in (full, raced)]
+    assert (answers[0] != full.log_likelihoods.argmax(1)).mean() > 0.1
+    assert (answers[0] != answers[1]).mean() <= 0.05 and raced.rows.mean() < full.rows.mean()
+
+
 def test_posterior_mode_gives_nearly_the_full_probabilities():
     scheduler = schedule()
     world = GaussianClasses(scheduler, classes=3, spread=0.6)

@@ -138,6 +138,10 @@ def test_medmnist_keeps_its_splits(tmp_path):
         (["--source", "csv", "--data_dir", "{tmp}/scans", "--labels", "missing.csv"], 'image "gone.png"'),
         (["--source", "csv", "--data_dir", "{tmp}/scans", "--labels", "columns.csv"], "--image_column"),
         (["--source", "csv", "--data_dir", "{tmp}/scans", "--labels", "unlabelled.csv"], "is empty"),
+        (["--source", "csv", "--data_dir", "{tmp}/scans", "--labels", "twice.csv"], "several lines for benign/Doe-0.png"),
+        (["--source", "csv", "--data_dir", "{tmp}/scans", "--labels", "latin.csv"], "UTF-8"),
+        (["--source", "images", "--data_dir", "{tmp}/mixed"], "splits or classes"),
+        (["--source", "npz", "--data_dir", "{tmp}/broken.npz"], "broken.npz is not an npz"),
         (["--source", "npz", "--data_dir", "{tmp}/scans"], "npz"),
         (["--source", "images", "--data_dir", "{tmp}/scans", "--split_fractions", "0.5", "0.5", "0.5"], "--split_fractions"),
         (["--source", "images", "--data_dir", "{tmp}/scans", "--class_names", "benign", "other"], "--class_names"),
@@ -147,6 +151,11 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path, flags, message):
     folder = images(tmp_path / "scans")
     (tmp_path / "empty").mkdir()
     (tmp_path / "hollow" / "hollow_class").mkdir(parents=True)
+    images(tmp_path / "mixed" / "train", count=2)
+    (tmp_path / "mixed" / "extra").mkdir()
+    (tmp_path / "broken.npz").write_bytes(b"PK broken")
+    (folder / "twice.csv").write_text("file,label\nbenign/Doe-0.png,benign\nbenign/Doe-0.png,malignant\n")
+    (folder / "latin.csv").write_bytes("file,label\nbenign/Doe-0.png,b\u00f6se\n".encode("latin-1"))
     (folder / "missing.csv").write_text("file,label\ngone.png,benign\n")
     (folder / "columns.csv").write_text("scan,label\na,b\n")
     (folder / "unlabelled.csv").write_text("file,label\nbenign/Doe-0.png,\n")
@@ -167,6 +176,14 @@ def test_a_used_output_folder_is_refused(tmp_path):
     prepare(rows[:10] + rows[12:], tmp_path / "data", OPTIONS, SALT, "test", overwrite=True)
 
 
+def test_overwrite_never_takes_the_sources(tmp_path):
+    folder = images(tmp_path / "scans")
+    (folder / "medsd.json").write_text("{}")
+    with pytest.raises(InputError, match="--overwrite would replace"):
+        prepare(image_folder(folder), folder, OPTIONS, SALT, "test", overwrite=True)
+    assert len(image_folder(folder)) == 24
+
+
 def test_too_many_broken_files_stop_the_run(tmp_path):
     folder = images(tmp_path / "scans")
     for index in range(4):
@@ -180,6 +197,8 @@ def test_the_salt_is_made_once_and_kept_private(tmp_path, monkeypatch):
     first, name = load_salt(None)
     assert load_salt(None) == (first, name) and len(first) == 64
     assert stat.S_IMODE((tmp_path / "medsd" / "salt").stat().st_mode) == 0o600
+    with pytest.raises(InputError, match="no such file"):
+        load_salt(tmp_path / "typo")
     (tmp_path / "weak").write_text("short")
     with pytest.raises(InputError, match="--salt_file"):
         load_salt(tmp_path / "weak")

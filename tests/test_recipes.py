@@ -132,6 +132,41 @@ def test_lora_reloads_equal_with_another_alpha(phantom_data, run, tmp_path):
     np.testing.assert_array_equal(image, other)
 
 
+def test_going_on_from_a_lora_run_trains_the_merged_model(phantom_data, run, tmp_path):
+    lora = train(phantom_data, tmp_path / "lora", pretrained_model_name_or_path=str(run), rank=2, learning_rate=0.05)
+    adapted = MedSDPipeline.from_pretrained(lora)
+    with pytest.raises(InputError, match="local folder"):
+        adapted.push_to_hub("somebody/something")
+    with pytest.raises(InputError, match="LoRA run"):
+        train(phantom_data, tmp_path / "twice", pretrained_model_name_or_path=str(lora), rank=2)
+    images = list(load_dataset(phantom_data, "test")[:2]["image"])
+    expected = adapted.classify(images, mode="full", max_pairs=4).log_likelihoods
+    adapted.merge_lora()
+    np.testing.assert_allclose(adapted.classify(images, mode="full", max_pairs=4).log_likelihoods, expected, rtol=1e-4)
+    folder = train(phantom_data, tmp_path / "full", pretrained_model_name_or_path=str(lora))
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file() and MedSDPipeline.from_pretrained(folder).info.base is None
+
+
+def test_lora_of_a_half_precision_base(phantom_data, run, tmp_path):
+    folder = train(phantom_data, tmp_path / "lora", pretrained_model_name_or_path=str(run), rank=2, mixed_precision="bf16")
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert all(value.dtype == torch.float32 for value in weights.values())
+
+
+def test_overwrite_checks_before_it_deletes(phantom_data, run, tmp_path):
+    folder = train(phantom_data, tmp_path / "unet")
+    for flags in ({"vae": "nowhere"}, {"pretrained_model_name_or_path": str(folder)}, {"enable_xformers_memory_efficient_attention": True}):
+        with pytest.raises(InputError):
+            train(phantom_data, folder, overwrite=True, **flags)
+    assert MedSDPipeline.from_pretrained(folder).class_names
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("do not lose")
+    with pytest.raises(InputError, match="medsd did not write"):
+        train(phantom_data, mine, overwrite=True)
+    assert (mine / "thesis.txt").read_text() == "do not lose"
+
+
 def test_a_lora_run_notices_a_changed_base(phantom_data, tmp_path):
     base = train(phantom_data, tmp_path / "base")
     folder = train(phantom_data, tmp_path / "lora", pretrained_model_name_or_path=str(base), rank=2)
@@ -199,6 +234,21 @@ def test_classify_writes_scores_and_calibrates_the_folder(phantom_data, run, tmp
     assert metrics["calibrated"] and MedSDPipeline.from_pretrained(run).info.calibration.temperature > 0
     with pytest.raises(InputError, match="not empty"):
         classify.main(config)
+
+
+def test_data_that_does_not_fit_the_pipeline_is_refused(phantom_data, run, tmp_path):
+    other = shutil.copytree(phantom_data, tmp_path / "data")
+    for change, message in {
+        "unit": ("grey value", "data of the same kind"),
+        "resolution": (16, "--resolution 32"),
+        "class_names": (["a", "b"], "no class in common"),
+    }.items():
+        record = json.loads((phantom_data / "medsd.json").read_text())
+        (other / "medsd.json").write_text(json.dumps(record | {change: message[0]}))
+        with pytest.raises(InputError, match=message[1]):
+            classify.main(ClassifyConfig(pipeline=str(run), dataset_name=str(other), output_dir=str(tmp_path / "scores")))
+    with pytest.raises(InputError, match="no data folder"):
+        classify.main(ClassifyConfig(pipeline=str(run), dataset_name=str(run), output_dir=str(tmp_path / "scores")))
 
 
 @pytest.mark.parametrize("mode", ["decide", "full"])

@@ -71,6 +71,11 @@ def batches(
         yield on_device, draws(seed, number, accelerator.process_index, accelerator.device)
 
 
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens `every` so many updates (0: never), and after the last one, happens now."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], learning_rate: float, use_8bit: bool) -> torch.optim.Optimizer:
     """AdamW without weight decay, so that a parameter without a gradient stays where it is."""
     if not use_8bit:
