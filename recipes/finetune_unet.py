@@ -85,6 +85,8 @@ def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeli
     pipe.set_progress_bar_config(disable=True)
     pipe.change_schedule(prediction_type=config.prediction_type, beta_schedule=config.beta_schedule)
     pipe.adopt(info)
+    if config.codec and config.codec != pipe.codec.kind:
+        raise InputError(f"--codec {config.codec}: this model's codec is {pipe.codec.kind}; start from another one or leave the flag away")
     return pipe
 
 

@@ -276,6 +276,7 @@ def test_other_modes_elbo_and_train_prior(phantom_data, run, tmp_path, mode):
         ({"enable_xformers_memory_efficient_attention": True}, "xformers"),
         ({"mixed_precision": "fp16"}, "needs a GPU"),
         ({"pixel_factor": 5}, "--pixel_factor"),
+        ({"pretrained_model_name_or_path": "RUN", "codec": "kl"}, "codec is pixels"),
         ({"pixel_factor": 32}, "--resolution"),
         ({"pretrained_model_name_or_path": "nowhere/at/all"}, "no such folder"),
         ({"vae": "nowhere"}, "nowhere: no AutoencoderKL"),
@@ -284,7 +285,8 @@ def test_other_modes_elbo_and_train_prior(phantom_data, run, tmp_path, mode):
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refusals of a CPU machine")
-def test_refusals(phantom_data, tmp_path, flags, message):
+def test_refusals(phantom_data, run, tmp_path, flags, message):
+    flags = {name: str(run) if value == "RUN" else value for name, value in flags.items()}
     data = flags.pop("dataset_name", phantom_data)
     with pytest.raises(InputError, match=message):
         train(data, tmp_path / "unet", **flags)

@@ -17,6 +17,7 @@ from medsd.models.presets import Preset
 class Codec(Protocol):
     """Images `(B, image_channels, H, W)` in `[-1, 1]` <-> latents `(B, latent_channels, H / factor, W / factor)`."""
 
+    kind: str
     image_channels: int
     latent_channels: int
     factor: int
@@ -36,6 +37,8 @@ class Codec(Protocol):
 
 class PixelCodec:
     """Space-to-depth by `factor`, after subtracting `mean` and dividing by `std` (both of the training images in `[-1, 1]`)."""
+
+    kind = "pixels"
 
     def __init__(self, image_channels: int, factor: int, mean: float, std: float) -> None:
         self.image_channels, self.factor, self.mean, self.std = image_channels, factor, mean, std
@@ -58,7 +61,7 @@ class PixelCodec:
 
     def to_dict(self) -> dict[str, Any]:
         """`{"kind": "pixels", ...}`."""
-        return {"kind": "pixels", "image_channels": self.image_channels, "factor": self.factor, "mean": self.mean, "std": self.std}
+        return {"kind": self.kind, "image_channels": self.image_channels, "factor": self.factor, "mean": self.mean, "std": self.std}
 
 
 class KLCodec:
@@ -66,6 +69,8 @@ class KLCodec:
 
     Images of one channel are repeated for an autoencoder of three, and averaged on the way back.
     """
+
+    kind = "kl"
 
     def __init__(self, vae: Any, image_channels: int) -> None:
         self.vae, self.image_channels = vae, image_channels
@@ -99,7 +104,7 @@ class KLCodec:
 
     def to_dict(self) -> dict[str, Any]:
         """`{"kind": "kl", ...}`; the autoencoder itself is a part of the pipeline folder."""
-        return {"kind": "kl", "image_channels": self.image_channels}
+        return {"kind": self.kind, "image_channels": self.image_channels}
 
 
 class Autoencoding(torch.nn.Module):
@@ -156,7 +161,7 @@ def measure_scaling_factor(codec: KLCodec, images: torch.Tensor) -> float:
 
 def build_codec(record: dict[str, Any], vae: Any | None) -> Codec:
     """The codec that `to_dict` recorded."""
-    if record["kind"] == "pixels":
+    if record["kind"] == PixelCodec.kind:
         return PixelCodec(record["image_channels"], record["factor"], record["mean"], record["std"])
     if vae is None:
         raise InputError("the pipeline folder has no vae/ although its medsd.json says codec kl: copy the folder again")
