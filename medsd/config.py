@@ -107,7 +107,7 @@ class TrainingConfig(RecipeConfig):
     """Prepared data folder or Hub id."""
     train_batch_size: int = 16
     """Images per device and micro-batch."""
-    max_train_steps: int = 4000
+    max_train_steps: int = 3500
     """Optimizer updates."""
     learning_rate: float | None = None
     """Peak learning rate. Default: 1e-3 from a preset, 1e-4 for LoRA, 1e-5 when a pretrained model is trained in full."""
