@@ -116,6 +116,7 @@ def calibrate(config: ClassifyConfig, pipe: "MedSDPipeline") -> None:
         and load_info(config.dataset_name).fingerprint == pipe.data.fingerprint
     ):
         write_info(Path(config.pipeline), pipe.info)
+        print(f"temperature and class bias from {len(known)} validation images, kept in {config.pipeline}/medsd.json")
 
 
 def class_prior(config: ClassifyConfig, pipe: "MedSDPipeline") -> "np.ndarray | None":

@@ -7,6 +7,7 @@
 The loop is in `train`. What varies (full or LoRA, latent or pixels, with or without classes) is decided before it.
 """
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ def main(config: FinetuneUNetConfig) -> None:
     from medsd.runtime import check_output, quiet_libraries
     from medsd.training.checkpoint import find_checkpoint
     from medsd.training.record import RunRecord
-    from medsd.training.setup import build_accelerator, clear_output
+    from medsd.training.setup import build_accelerator, clear_output, eight_bit_adam
 
     quiet_libraries()
     output_dir = Path(config.output_dir)
@@ -38,13 +39,17 @@ def main(config: FinetuneUNetConfig) -> None:
     with accelerator.main_process_first():
         info = data_info(config)
     pipe = build_pipeline(config, info)
+    if config.use_8bit_adam:
+        eight_bit_adam()
     clear_output(accelerator, output_dir, config.overwrite)
     with RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard") as record:
         train(config, accelerator, pipe, record)
     if config.push_to_hub and accelerator.is_main_process:
         print("pushed to", pipe.push_to_hub(config.hub_model_id, private=config.hub_private_repo))
-    accelerator.print(f"next: python recipes/classify.py --pipeline {output_dir} --dataset_name {config.dataset_name}")
-    accelerator.print(f"      python recipes/generate.py --pipeline {output_dir}")
+    folder, data = shlex.quote(str(output_dir)), shlex.quote(config.dataset_name)
+    scores, images = (shlex.quote(str(output_dir.with_name(name))) for name in ("scores", "images"))
+    accelerator.print(f"next: python recipes/classify.py --pipeline {folder} --dataset_name {data} --output_dir {scores}")
+    accelerator.print(f"      python recipes/generate.py --pipeline {folder} --output_dir {images}")
 
 
 def data_info(config: FinetuneUNetConfig) -> "DataInfo":
@@ -204,7 +209,7 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
     state.adopt_average()
     if accelerator.is_main_process:
         pipe.save_pretrained(output_dir)
-    accelerator.print(f"pipeline in {output_dir}, pictures in {output_dir / 'preview.png'}")
+    accelerator.print(f"pipeline in {output_dir}" + (f", pictures in {output_dir / 'preview.png'}" if config.validation_steps else ""))
 
 
 def look(held_out: "HeldOut", record: "RunRecord", step: int, write: Any) -> None:

@@ -4,6 +4,7 @@ accelerate launch recipes/finetune_vae.py
 accelerate launch recipes/finetune_vae.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --decoder_only
 """
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ def main(config: FinetuneVAEConfig) -> None:
     from medsd.models.unet import enable_xformers
     from medsd.runtime import check_output, quiet_libraries
     from medsd.training.record import RunRecord
-    from medsd.training.setup import build_accelerator, clear_output
+    from medsd.training.setup import build_accelerator, clear_output, eight_bit_adam
 
     quiet_libraries()
     output_dir, start = Path(config.output_dir), config.pretrained_model_name_or_path
@@ -38,12 +39,15 @@ def main(config: FinetuneVAEConfig) -> None:
     codec.check_side(info.resolution)
     if config.enable_xformers_memory_efficient_attention:
         enable_xformers(vae)
+    if config.use_8bit_adam:
+        eight_bit_adam()
     clear_output(accelerator, output_dir, config.overwrite)
     with RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard") as record:
         train(config, accelerator, codec, info, record)
     if config.push_to_hub and accelerator.is_main_process:
         vae.push_to_hub(config.hub_model_id, private=config.hub_private_repo)
-    accelerator.print(f"next: accelerate launch recipes/finetune_unet.py --vae {output_dir} --dataset_name {config.dataset_name}")
+    vae, data, unet = (shlex.quote(str(path)) for path in (output_dir, config.dataset_name, output_dir.with_name("unet")))
+    accelerator.print(f"next: accelerate launch recipes/finetune_unet.py --vae {vae} --dataset_name {data} --output_dir {unet}")
 
 
 def train(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec", info: "DataInfo", record: "RunRecord") -> None:
@@ -118,7 +122,7 @@ def train(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec
         vae.save_pretrained(made)
         write_info(made, PipelineInfo(data=info, codec=codec.to_dict()))
         publish(made, output_dir)
-    accelerator.print(f"autoencoder in {output_dir}, pictures in {output_dir / 'preview.png'}")
+    accelerator.print(f"autoencoder in {output_dir}" + (f", pictures in {output_dir / 'preview.png'}" if config.validation_steps else ""))
 
 
 def look(dataset_name: str, codec: "KLCodec", info: "DataInfo", record: "RunRecord", step: int, write: Any) -> None:

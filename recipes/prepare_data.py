@@ -4,6 +4,7 @@ python recipes/prepare_data.py
 python recipes/prepare_data.py --source images --data_dir scans --output_dir runs/scans/data
 """
 
+import shlex
 from pathlib import Path
 
 from medsd.config import PrepareDataConfig, run
@@ -66,7 +67,10 @@ def report(summary: dict, output_dir: Path) -> None:
         print(f"{split:<10} {count:>6} images of {summary['patients'][split]} patients: {classes}")
     rules = ", ".join(f"{rule} ({count} images)" for rule, count in summary["patient_rule"].items())
     print(f"patient from: {rules}; {summary['quarantined']} files in quarantine, {summary['duplicates_dropped']} duplicates dropped")
-    print(f"data set in {output_dir}\nnext: accelerate launch recipes/finetune_unet.py --dataset_name {output_dir}")
+    if set(summary["patient_rule"]) == {"file"}:
+        print("no patient is known, so every file counts as one: name a --patient_column where a patient has several images")
+    data, unet = shlex.quote(str(output_dir)), shlex.quote(str(output_dir.with_name("unet")))
+    print(f"data set in {output_dir}\nnext: accelerate launch recipes/finetune_unet.py --dataset_name {data} --output_dir {unet}")
 
 
 if __name__ == "__main__":

@@ -78,13 +78,18 @@ def due(step: int, every: int, last: int) -> bool:
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], learning_rate: float, use_8bit: bool) -> torch.optim.Optimizer:
     """AdamW without weight decay, so that a parameter without a gradient stays where it is."""
-    if not use_8bit:
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+    if use_8bit:
+        return eight_bit_adam()(parameters, lr=learning_rate, weight_decay=0.0)
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+
+
+def eight_bit_adam() -> type[torch.optim.Optimizer]:
+    """bitsandbytes' 8-bit AdamW; raises InputError where it is not installed."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise InputError(f'--use_8bit_adam needs bitsandbytes: pip install -c constraints.txt -e ".[gpu]" ({error})') from error
-    return AdamW8bit(parameters, lr=learning_rate, weight_decay=0.0)
+    return AdamW8bit
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, name: str, warmup: int, steps: int) -> Any:
