@@ -10,8 +10,11 @@ import pytest
 from PIL import Image
 
 from medsd.data import phantom, phantom_anatomy
+from medsd.data.intensity import Windows
 from medsd.data.phantom import write_phantom
 from medsd.data.phantom_anatomy import BLEED_AREA, CLASSES, MAX_SLICES, SCANNERS, draw_patient, slice_image, stream_of
+from medsd.data.prepare import PHANTOM_WINDOW
+from medsd.data.transforms import fit_square
 from medsd.errors import InputError
 
 BLEEDS = CLASSES[1:]
@@ -200,8 +203,9 @@ def best_logistic_auroc(features: np.ndarray, labels: np.ndarray, train: np.ndar
 @pytest.mark.slow
 def test_neither_the_histogram_nor_a_thumbnail_tells_the_class():
     labels = phantom._labels(0, 400 * SLICES)
-    images = [slice_image(0, k // SLICES, k % SLICES, label)[0][0] for k, label in enumerate(labels)]
-    prepared = ((np.clip(images, -15, 115) + 15) / 130).reshape(-1, 64, 2, 64, 2).mean((2, 4))
+    slices = (slice_image(0, k // SLICES, k % SLICES, label)[0] for k, label in enumerate(labels))
+    shrunk = np.stack([fit_square(image, 64, "pad")[0][0] for image in slices])
+    prepared = (Windows((PHANTOM_WINDOW,)).to_unit(shrunk[:, None])[:, 0] + 1) / 2
     numbers, train = np.array([CLASSES.index(label) for label in labels]), np.arange(len(labels)) < 280 * SLICES
     histograms = np.array([np.histogram(image, 64, (0, 1))[0] for image in prepared])
     thumbnails = prepared.reshape(-1, 8, 8, 8, 8).mean((2, 4)).reshape(-1, 64)
