@@ -131,7 +131,8 @@ def download_record(hub_id: str, revision: str | None) -> Path:
     """Local folder with the `medsd.json` (and LoRA files) of a Hub repository; an empty one where it has none."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[INFO_FILE, LORA_FILE, f"{EMBEDS_DIR}/*.safetensors", "vae/*"]))
+    wanted = [INFO_FILE, LORA_FILE, f"{EMBEDS_DIR}/*.safetensors", "vae/*.json", "vae/*.safetensors"]
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
 
 
 def push(save: Callable[[str], None], repo_id: str, private: bool, revision: str | None, **options: Any) -> str:

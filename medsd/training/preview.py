@@ -1,7 +1,5 @@
 """Looks at a model while it trains: held-out loss at fixed pairs, quick AUROC, and pictures at fixed seeds."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from PIL import Image
@@ -64,10 +62,10 @@ def _balanced(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
     return np.lexsort((labels, rank))[:limit]
 
 
-def preview(pipe: MedSDPipeline, columns: int = 4, seed: int = 0, names: Sequence[str] | None = None) -> Image.Image:
+def preview(pipe: MedSDPipeline, columns: int = 4, seed: int = 0) -> Image.Image:
     """A row of generated images per class, the same start noise in every row."""
     rows = []
-    for name in names or pipe.class_names or [None]:
+    for name in pipe.class_names or [None]:
         generators = [torch.Generator().manual_seed(seed + column) for column in range(columns)]
         images = pipe(
             class_name=name,
