@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from medsd.data.files import is_raster
+from medsd.data.metadata import Facts
 from medsd.errors import InputError
 
 Accepts = Callable[[Path], bool]
@@ -29,18 +30,52 @@ SPLIT_NAMES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One image to prepare. `array` and `index` point into an npz; `name` is how messages call it."""
+    """One thing to decode: an image, all frames of a file, or one slice stack of volumes."""
 
     name: str
-    file: Path
-    label: str
+    """How messages call it and what its key is made of: the path below the data folder; unique."""
+    files: tuple[Path, ...]
+    """The image; or co-registered volumes, one channel each, in this order."""
+    findings: tuple[str, ...] = ()
+    """What it shows: one class, or any number of findings of a multi-label collection."""
     patient: str | None = None
     split: str | None = None
     mask: Path | None = None
     array: str | None = None
+    """Member of an npz."""
     index: int | None = None
+    """Row of that member."""
+    facts: Facts = Facts()
+    """Age, sex, view of the collection's table."""
+
+    @property
+    def file(self) -> Path:
+        """The image, or its first channel."""
+        return self.files[0]
+
+    @property
+    def label(self) -> str:
+        """The class of a row that has just one."""
+        return self.findings[0]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Rows, and what the collection fixes for all of them."""
+
+    rows: list[Row]
+    class_names: tuple[str, ...] | None = None
+    """Order of the classes; None: sorted as found."""
+    multi_label: bool = False
+    mask_classes: tuple[str, str] | None = None
+    """Classes of slices without and with something in the mask, where rows have no findings."""
+    mask_channel: bool = False
+    """Whether the mask is stacked behind the image's channels rather than kept as a column of its own."""
+    prompt_template: str | None = None
+    notes: tuple[str, ...] = ()
+    """What was left out, a sentence each with counts, for the terminal."""
 
 
 def image_folder(folder: Path, accepts: Accepts = is_raster) -> list[Row]:
@@ -83,8 +118,8 @@ def table(
         rows.append(
             Row(
                 name=_relative(file, folder),
-                file=file,
-                label=label,
+                files=(file,),
+                findings=(label,),
                 patient=line[patient_column].strip() or None if patient_column else None,
                 split=_split_name(line[split_column], f"{labels.name}, line {number}") if split_column else None,
                 mask=folder / line[mask_column] if mask_column else None,
@@ -117,8 +152,8 @@ def medmnist(path: Path, class_names: Sequence[str] | None = None) -> list[Row]:
             rows.append(
                 Row(
                     name=f"{file.name}:{split}_images[{index}]",
-                    file=file,
-                    label=_class_name(int(value), class_names),
+                    files=(file,),
+                    findings=(_class_name(int(value), class_names),),
                     split=_split_name(split, file.name),
                     array=f"{split}_images",
                     index=index,
@@ -163,7 +198,7 @@ def _classes(root: Path, folder: Path, accepts: Accepts, split: str | None) -> l
         files = _images(child, accepts)
         if not files:
             raise InputError(f"class {child.name}: no image in {_relative(child, root)}; fill the folder or remove it")
-        rows += [Row(name=_relative(file, root), file=file, label=child.name, split=split) for file in files]
+        rows += [Row(name=_relative(file, root), files=(file,), findings=(child.name,), split=split) for file in files]
     return rows
 
 
