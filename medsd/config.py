@@ -48,18 +48,22 @@ class PrepareDataConfig(RecipeConfig):
 
     section: ClassVar[str] = "prepare_data"
 
-    source: Literal["phantom", "images", "csv", "dicom", "npz"] = "phantom"
-    """What lies in data_dir: the built-in phantom, one folder per class, a CSV beside images, a DICOM tree with a CSV, a MedMNIST npz."""
+    source: Literal["phantom", "images", "csv", "dicom", "nifti", "npz", "rsna2019", "adni", "oasis", "brats"] = "phantom"
+    """What lies in data_dir: the phantom; one folder per class; a CSV beside images; DICOM, NIfTI; a MedMNIST npz; a collection."""
     data_dir: str | None = None
     """Folder of the images; for npz also the file itself. The phantom is written here (default: beside output_dir)."""
     output_dir: str = "runs/{name}/data"
     """Folder of the prepared data set."""
     labels: str | None = None
-    """CSV with a row per image, for csv and dicom. A path relative to data_dir or to here."""
+    """CSV with a row per image. A path relative to data_dir or to here."""
     image_column: str | None = None
     """CSV column of the image's path, name or stem. Default: the first of file, path, image, image_id, filename, dicom_name."""
-    label_column: str = "label"
-    """CSV column of the label."""
+    label_column: tuple[str, ...] = ("label",)
+    """CSV column of the label; with multi_label several columns of 0 and 1, or one of names joined by |."""
+    multi_label: bool = False
+    """Several findings, or none, can hold in one image."""
+    uncertain: Literal["drop", "positive", "negative"] = "drop"
+    """What a -1 or an empty cell of a finding's column means: leave the image out, or read it as 1 or 0."""
     patient_column: str | None = None
     """CSV column of the patient. Default: the DICOM header's PatientID, else study, series, file."""
     split_column: str | None = None
@@ -74,20 +78,38 @@ class PrepareDataConfig(RecipeConfig):
     """How an image that is not square becomes square."""
     windows: tuple[str, ...] | None = None
     """CT windows, a channel each: brain, subdural, bone, lung, abdomen, CENTRE/WIDTH. Default for CT: the first three (phantom 50/130)."""
+    axis: Literal["axial", "coronal", "sagittal"] = "axial"
+    """Plane of the slices that a NIfTI volume is cut into."""
+    slices: Literal["content", "mask", "all"] = "content"
+    """Which slices of a volume: those that show something, those with something in the mask, or all."""
+    channels: tuple[str, ...] | None = None
+    """Volumes stacked as channels, named by a word of their file names (t1ce; mask, or mask=seg for files called seg)."""
     prompt_template: str | None = None
-    """Sentence around the class, with {label} in it. Default: "a medical image of {label}" (phantom: "a head CT with {label}")."""
+    """Sentence around the class, with {label} in it. Default: "a medical image of {label}" (a collection's own, if it has one)."""
+    prompt_metadata: tuple[Literal["age_band", "sex", "view", "slice_position"], ...] | None = None
+    """What else the prompt says where it is known; the bare flag means all four."""
     duplicates: Literal["refuse", "drop", "keep"] = "refuse"
-    """What to do with identical images in two splits; drop takes them from train first, never from test."""
+    """What to do with identical, near-identical or mirrored images in two splits; drop takes them from train first, never from test."""
     max_quarantine: float = 0.05
     """Largest share of unreadable files before the run is refused."""
     num_workers: int = 2
-    """Processes that decode files."""
+    """Processes that decode files, each killed and replaced when a file hangs or breaks it."""
     seed: int = 0
     """Seed of the split (and of the phantom)."""
     salt_file: str | None = None
     """File with the secret that patients' ids are hashed with. Default: one per person, in the user's config folder."""
     overwrite: bool = False
     """Replace a data set that is already in output_dir."""
+    dry_run: bool = False
+    """Read headers only, and say what would come out: images, classes, patients, hours and GB."""
+    push_to_hub: bool = False
+    """Push the finished data set to the Hub."""
+    hub_dataset_id: str | None = None
+    """Hub data set repository, user/name."""
+    hub_private_repo: bool = True
+    """Make the Hub repository private."""
+    confirm_public_data: bool = False
+    """Say that this data set may be public; needed where the Hub repository is."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +119,14 @@ class PrepareDataConfig(RecipeConfig):
             raise InputError(f"--source {self.source} needs --data_dir")
         if self.source == "csv" and self.labels is None:
             raise InputError("--source csv needs --labels FILE.csv")
+        if len(self.label_column) != 1 and not self.multi_label:
+            raise InputError("--label_column names several columns: add --multi_label, or name one")
+        if not 0 <= self.max_quarantine <= 1:
+            raise InputError(f"--max_quarantine {self.max_quarantine} is not within 0 and 1")
+        if self.push_to_hub and self.hub_dataset_id is None:
+            raise InputError("--push_to_hub needs --hub_dataset_id user/name")
+        if self.push_to_hub and not self.hub_private_repo and not self.confirm_public_data:
+            raise InputError("a public data set needs --confirm_public_data: look at contact_sheet.png and summary.json first")
 
 
 @dataclass
@@ -408,6 +438,8 @@ def _checked(recipe: type[RecipeConfig], key: str, value: object, path: Path) ->
     from pydantic import TypeAdapter, ValidationError
 
     types = get_type_hints(recipe)
+    if isinstance(value, str) and "tuple" in str(types.get(key)):
+        value = [value]
     if key not in {field.name for field in fields(recipe)}:
         raise InputError(f"--config {path}, section {recipe.section}: unknown field {key}; --help lists them")
     try:

@@ -52,7 +52,7 @@ def read_rows(config: PrepareDataConfig) -> list:
     return sources.table(
         data_dir,
         Path(config.labels),
-        config.label_column,
+        config.label_column[0],
         config.image_column,
         config.patient_column,
         config.split_column,
