@@ -117,6 +117,8 @@ class PrepareDataConfig(RecipeConfig):
             raise InputError(f'--prompt_template "{self.prompt_template}" has no {{label}} in it')
         if self.source != "phantom" and self.data_dir is None:
             raise InputError(f"--source {self.source} needs --data_dir")
+        if self.dry_run and self.source == "phantom":
+            raise InputError("--dry_run looks at files that are there: name a --source and --data_dir")
         if self.source == "csv" and self.labels is None:
             raise InputError("--source csv needs --labels FILE.csv")
         if len(self.label_column) != 1 and not self.multi_label:
@@ -160,9 +162,21 @@ class TrainingConfig(RecipeConfig):
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     dataloader_num_workers: int = 0
-    """Processes that read images while the model trains."""
+    """Threads that read images while the model trains."""
     max_train_samples: int | None = None
     """Train on at most this many images."""
+    resolution: int | None = None
+    """Side of the images in training, in pixels: that of the data or a half, a third ... of it. Default: that of the data."""
+    random_shift: int = 0
+    """Augmentation: move training images by up to this many pixels."""
+    random_rotation: float = 0.0
+    """Augmentation: turn training images by up to this many degrees each way."""
+    random_scale: float = 0.0
+    """Augmentation: enlarge or shrink training images by up to this share; 0.1 is up to 10 %."""
+    random_intensity: float = 0.0
+    """Augmentation: change contrast and brightness by up to this share of the intensity range."""
+    random_flip: Literal["none", "horizontal", "vertical", "both"] = "none"
+    """Augmentation: mirror half of the training images; only where anatomy allows, since left and right are not the same in a body."""
     seed: int = 0
     """Seed of weights, order, noise and timesteps."""
     validation_steps: int = 1000
@@ -192,6 +206,9 @@ class TrainingConfig(RecipeConfig):
             raise InputError("--push_to_hub needs --hub_model_id user/name")
         if self.overwrite and self.resume_from_checkpoint:
             raise InputError("--overwrite and --resume_from_checkpoint exclude each other: drop one")
+        for field, most in {"random_rotation": 180, "random_scale": 0.9, "random_intensity": 1}.items():
+            if not 0 <= getattr(self, field) <= most:
+                raise InputError(f"--{field} {getattr(self, field)} is not within 0 and {most}")
 
 
 @dataclass
@@ -235,9 +252,7 @@ class FinetuneUNetConfig(TrainingConfig):
     proportion_empty_prompts: float = 0.1
     """Share of training images whose prompt is dropped, so that guidance works."""
     class_sampling: Literal["natural", "balanced", "sqrt"] = "natural"
-    """How often each class is drawn: as it comes, equally often, or between the two."""
-    random_shift: int = 0
-    """Augmentation: move training images by up to this many pixels."""
+    """How often each class (or set of findings) is drawn: as it comes, equally often, or between the two."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -279,8 +294,6 @@ class FinetuneVAEConfig(TrainingConfig):
     """Weight of the posterior's KL divergence, nats per latent element."""
     decoder_only: bool = False
     """Train the decoder alone, so that latents keep their meaning for a pretrained UNet."""
-    random_shift: int = 0
-    """Augmentation: move training images by up to this many pixels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

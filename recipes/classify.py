@@ -36,7 +36,7 @@ def main(config: ClassifyConfig) -> None:
         calibrate(config, pipe)
     rows, labels = labelled_rows(config, pipe, config.split, config.max_samples)
     started = time.perf_counter()
-    output = score(config, pipe, rows["image"], config.mode, config.split, class_prior(config, pipe))
+    output = score(config, pipe, rows, class_prior(config, pipe))
     seconds = (time.perf_counter() - started) / len(rows)
     metrics = measure(pipe, output, labels, rows["patient_id"]) | {
         "rows_per_image": float(output.rows.mean()),
@@ -51,6 +51,12 @@ def check_fit(config: ClassifyConfig, pipe: "MedSDPipeline") -> None:
     from medsd.data.dataset import available_splits, load_info
 
     info, splits = load_info(config.dataset_name), available_splits(config.dataset_name)
+    for name, data in {config.pipeline: pipe.data, config.dataset_name: info}.items():
+        if data.multi_label:
+            raise InputError(
+                f"{name}: several findings can hold in one image, and such sets are not scored in this release; "
+                "generate.py draws images by finding, and data prepared without --multi_label can be classified"
+            )
     if len(pipe.class_names) < 2:
         raise InputError(f"{config.pipeline} knows {len(pipe.class_names)} classes: classification needs two or more")
     if not set(info.class_names) & set(pipe.class_names):
@@ -77,15 +83,17 @@ def labelled_rows(config: ClassifyConfig, pipe: "MedSDPipeline", split: str, lim
     return rows, order[np.asarray(rows["label"])]
 
 
-def score(config: ClassifyConfig, pipe: "MedSDPipeline", images: Any, mode: str, what: str, prior: Any = None) -> "ClassifyOutput":
-    """Class likelihoods of `images`, behind a progress bar that counts UNet rows."""
+def score(config: ClassifyConfig, pipe: "MedSDPipeline", rows: Any, prior: "np.ndarray | None") -> "ClassifyOutput":
+    """Class likelihoods of the rows' images, behind a progress bar that counts UNet rows."""
     from tqdm import tqdm
 
-    most = len(images) * len(pipe.class_names) * config.max_pairs
-    with tqdm(total=most, desc=f"scoring {what}", unit="row", smoothing=0.05) as bar:
+    from medsd.data.transforms import recorded_ranges
+
+    most = len(rows) * len(pipe.class_names) * config.max_pairs
+    with tqdm(total=most, desc=f"scoring {config.split}", unit="row", smoothing=0.05) as bar:
         return pipe.classify(
-            list(images),
-            mode=mode,
+            list(rows["image"]),
+            mode=config.mode,
             weighting=config.weighting,
             max_pairs=config.max_pairs,
             delta=config.delta,
@@ -93,6 +101,7 @@ def score(config: ClassifyConfig, pipe: "MedSDPipeline", images: Any, mode: str,
             batch_size=config.batch_size,
             seed=config.seed,
             progress=bar.update,
+            ranges=recorded_ranges(rows),
         )
 
 
@@ -101,14 +110,21 @@ def calibrate(config: ClassifyConfig, pipe: "MedSDPipeline") -> None:
     from tqdm import tqdm
 
     from medsd.data.dataset import load_info
+    from medsd.data.transforms import recorded_ranges
     from medsd.inference.folder import write_info
 
     rows, labels = labelled_rows(config, pipe, "validation", config.max_samples)
     known = [index for index, label in enumerate(labels) if label >= 0]
-    images = rows.select(known)["image"]
+    rows = rows.select(known)
     with tqdm(total=len(known) * len(pipe.class_names) * config.max_pairs, desc="scoring validation", unit="row", smoothing=0.05) as bar:
         pipe.calibrate(
-            list(images), labels[known], max_pairs=config.max_pairs, batch_size=config.batch_size, seed=config.seed, progress=bar.update
+            list(rows["image"]),
+            labels[known],
+            max_pairs=config.max_pairs,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            progress=bar.update,
+            ranges=recorded_ranges(rows),
         )
     if (
         config.max_samples is None

@@ -8,6 +8,8 @@ The loop is in `train`. What varies (full or LoRA, latent or pixels, with or wit
 """
 
 import shlex
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +18,11 @@ from medsd.errors import InputError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.nn import Module
 
     from medsd.data.dataset import DataInfo
     from medsd.inference.pipeline import MedSDPipeline
+    from medsd.training.checkpoint import TrainState
     from medsd.training.preview import HeldOut
     from medsd.training.record import RunRecord
 
@@ -53,43 +57,50 @@ def main(config: FinetuneUNetConfig) -> None:
 
 
 def data_info(config: FinetuneUNetConfig) -> "DataInfo":
-    """`medsd.json` of the data; the default data set, the phantom, is made where it is not there yet."""
+    """`medsd.json` of the data as it is trained on; the default data set, the phantom, is made where it is not there yet."""
     from medsd.data.dataset import load_info
     from medsd.data.prepare import PHANTOM_RESOLUTION, PrepareOptions, prepare_phantom
+    from medsd.data.transforms import at_resolution
 
     default = FinetuneUNetConfig().dataset_name
     if config.dataset_name == default and not Path(default).exists():
         print(f"making the phantom, a procedural head CT, in {default}")
         prepare_phantom(Path(default), PrepareOptions(PHANTOM_RESOLUTION))
-    info = load_info(config.dataset_name)
+    info = at_resolution(load_info(config.dataset_name), config.resolution)
     if config.unconditional:
         return info.without_classes()
     return info.with_words() if config.class_tokens == "words" else info
 
 
 def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeline":
-    """The model to start from, on the CPU, with the data's classes, intensity map and resolution."""
-    from medsd.data.dataset import load_dataset
+    """The model to start from, on the CPU, with the data's classes, prompts and intensity map, and the resolution to train at."""
+    from medsd.data.dataset import available_splits, load_dataset
     from medsd.data.transforms import pixel_statistics
     from medsd.inference.pipeline import MedSDPipeline
     from medsd.models.codec import load_vae
+    from medsd.models.conditioning import tokenize
     from medsd.models.unet import enable_xformers
+    from medsd.training.prompts import row_prompts
 
     vae = load_vae(config.vae) if config.vae else None
+    seen = {"train", *available_splits(config.dataset_name)} - {"test"}
+    rows = {split: load_dataset(config.dataset_name, split) for split in seen}
+    prompts = sorted({prompt for split in seen for prompt in row_prompts(rows[split], info).prompts})
     if config.pretrained_model_name_or_path is not None:
         pipe = load_base(config)
         if vae is not None:
             pipe.replace_vae(vae)
     elif vae is not None:
-        pipe = MedSDPipeline.from_preset(config.preset or "tiny", info, vae)
+        pipe = MedSDPipeline.from_preset(config.preset or "tiny", info, vae, prompts=prompts)
     else:
-        mean, std = pixel_statistics(load_dataset(config.dataset_name, "train"), info.intensity_map)
-        pipe = MedSDPipeline.from_preset(config.preset or "tiny", info, None, config.pixel_factor or 4, mean, std)
+        mean, std = pixel_statistics(rows["train"], info.intensity_map, resolution=info.resolution)
+        pipe = MedSDPipeline.from_preset(config.preset or "tiny", info, None, config.pixel_factor or 4, mean, std, prompts)
     if config.enable_xformers_memory_efficient_attention:
         enable_xformers(pipe.unet)
     pipe.set_progress_bar_config(disable=True)
     pipe.change_schedule(prediction_type=config.prediction_type, beta_schedule=config.beta_schedule)
     pipe.adopt(info)
+    tokenize(pipe.tokenizer, prompts)
     if config.codec and config.codec != pipe.codec.kind:
         raise InputError(f"--codec {config.codec}: this model's codec is {pipe.codec.kind}; start from another one or leave the flag away")
     return pipe
@@ -136,26 +147,18 @@ def default_learning_rate(config: FinetuneUNetConfig) -> float:
     return 1e-4 if config.rank else 1e-5
 
 
-def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPipeline", record: "RunRecord") -> None:
-    """Train `pipe` in place and save it to the run's folder."""
-    import torch
-    from tqdm import tqdm
-
-    from medsd.data.dataset import load_dataset
-    from medsd.data.transforms import augment, sample_rows, to_unit
-    from medsd.models.conditioning import drop_prompts, encode, tokenize
-    from medsd.models.unet import attention_kernel
-    from medsd.objectives.diffusion import denoising_error, min_snr_weight, sample_timesteps
+def start_training(
+    config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPipeline"
+) -> "tuple[TrainState, dict[str, Module], int]":
+    """Choose what learns, and restore a checkpoint; see `medsd.training.setup.start`."""
     from medsd.training.checkpoint import find_checkpoint
-    from medsd.training.preview import HeldOut
-    from medsd.training.setup import batches, due, start
+    from medsd.training.setup import start
 
-    output_dir = Path(config.output_dir)
     modules = choose_trained(config, pipe)
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     pipe.to(accelerator.device)
-    state, networks, done = start(
+    return start(
         accelerator,
         modules,
         config.learning_rate or default_learning_rate(config),
@@ -164,55 +167,73 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
         config.lr_warmup_steps,
         config.max_train_steps,
         config.use_ema,
-        find_checkpoint(output_dir, config.resume_from_checkpoint),
+        find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint),
     )
+
+
+def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPipeline", record: "RunRecord") -> None:
+    """Train `pipe` in place and save it to the run's folder."""
+    import torch
+
+    from medsd.data.dataset import load_dataset
+    from medsd.data.intensity import label_channels
+    from medsd.data.transforms import Augmentation, sample_rows, to_unit
+    from medsd.models.conditioning import drop_prompts, encode_chosen, tokenize
+    from medsd.models.unet import attention_kernel
+    from medsd.objectives.diffusion import denoising_error, min_snr_weight, sample_timesteps
+    from medsd.training.loop import Cadence, updates
+    from medsd.training.preview import HeldOut
+    from medsd.training.prompts import row_prompts
+    from medsd.training.setup import batches
+
+    state, networks, done = start_training(config, accelerator, pipe)
     unet, text_encoder = networks["unet"], networks.get("text_encoder", pipe.text_encoder)
-    codec, schedule, intensity, snr_gamma = pipe.codec, pipe.noise_schedule, pipe.data.intensity_map, default_snr_gamma(config)
-    prompt_ids = tokenize(pipe.tokenizer, [*pipe.data.prompts, ""]).to(accelerator.device)
+    data, codec, schedule, snr_gamma = pipe.data, pipe.codec, pipe.noise_schedule, default_snr_gamma(config)
+    intensity, size = data.intensity_map, config.train_batch_size
+    augment = Augmentation(
+        config.random_shift,
+        config.random_rotation,
+        config.random_scale,
+        config.random_intensity,
+        config.random_flip,
+        label_channels(intensity, data.image_channels),
+    )
     rows = sample_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples, config.seed)
-    stream = batches(accelerator, rows, config.train_batch_size, config.class_sampling, config.seed, done, config.dataloader_num_workers)
+    table = row_prompts(rows, data)
+    prompt_ids = tokenize(pipe.tokenizer, table.prompts).to(accelerator.device)
+    workers = config.dataloader_num_workers
+    stream = batches(accelerator, rows, size, config.class_sampling, config.seed, done, workers, table.numbers)
+    cadence = Cadence(
+        config.max_train_steps, config.logging_steps, config.validation_steps, config.checkpointing_steps, config.checkpoints_total_limit
+    )
     held_out = HeldOut(pipe, config.dataset_name)
     record.environment(device=str(accelerator.device), attention=attention_kernel(pipe.unet), trained_parameters=state.size)
 
-    record.step = done
-    bar = tqdm(
-        range(done + 1, config.max_train_steps + 1), initial=done, total=config.max_train_steps, disable=not accelerator.is_main_process
-    )
-    for step in bar:
+    for _ in updates(accelerator, state, record, done, cadence, partial(look, held_out, record)):
         # The training step.
         for _ in range(config.gradient_accumulation_steps):
             batch, generator = next(stream)
             with accelerator.accumulate(*networks.values()):
-                images = augment(to_unit(batch["images"], intensity), config.random_shift, generator)
+                images = augment(to_unit(batch["images"], intensity, batch.get("ranges"), data.resolution), generator)
                 latents = codec.encode(images, generator)
                 noise = torch.randn(latents.shape, generator=generator, device=latents.device)
                 timesteps = sample_timesteps(len(latents), schedule, generator)
-                prompts = drop_prompts(batch["labels"], len(prompt_ids) - 1, config.proportion_empty_prompts, generator)
-                condition = encode(text_encoder, prompt_ids)[prompts]
+                prompts = drop_prompts(batch["prompts"], len(prompt_ids) - 1, config.proportion_empty_prompts, generator)
+                condition = encode_chosen(text_encoder, prompt_ids, prompts)
                 error = denoising_error(unet, schedule, latents, noise, timesteps, condition, config.loss_type)
                 loss = (min_snr_weight(schedule, timesteps, snr_gamma) * error).mean()
                 state.learn(accelerator, loss, config.max_grad_norm)
-        state.finish_update()
-
-        # What happens once in a while.
-        if due(step, config.logging_steps, config.max_train_steps):
-            mean_loss = state.mean_loss(accelerator)
-            record.log(step, loss=mean_loss, learning_rate=state.learning_rate)
-            bar.set_postfix(loss=f"{mean_loss:.4f}")
-        if due(step, config.validation_steps, config.max_train_steps) and accelerator.is_main_process:
-            with state.averaged(), accelerator.autocast():
-                look(held_out, record, step, bar.write)
-        if due(step, config.checkpointing_steps, config.max_train_steps) and accelerator.is_main_process:
-            state.save(output_dir, step, config.checkpoints_total_limit)
 
     accelerator.wait_for_everyone()
     state.adopt_average()
     if accelerator.is_main_process:
-        pipe.save_pretrained(output_dir)
-    accelerator.print(f"pipeline in {output_dir}" + (f", pictures in {output_dir / 'preview.png'}" if config.validation_steps else ""))
+        pipe.save_pretrained(record.folder)
+    accelerator.print(
+        f"pipeline in {record.folder}" + (f", pictures in {record.folder / 'preview.png'}" if config.validation_steps else "")
+    )
 
 
-def look(held_out: "HeldOut", record: "RunRecord", step: int, write: Any) -> None:
+def look(held_out: "HeldOut", record: "RunRecord", step: int, write: Callable[[str], None]) -> None:
     """Held-out loss, quick AUROC and a preview."""
     from medsd.training.preview import preview
 

@@ -5,15 +5,28 @@ python recipes/prepare_data.py --source images --data_dir scans --output_dir run
 """
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medsd.config import PrepareDataConfig, run
+
+if TYPE_CHECKING:
+    from medsd.data.plan import PrepareOptions
+    from medsd.data.rows import Collection
+    from medsd.data.survey import Survey
+
+SHOWN = 5
+PADDED = 0.75
+"""Share of the side below which an image is mostly padding."""
 
 
 def main(config: PrepareDataConfig) -> None:
     """Read the source's rows, prepare them, and say what came out."""
     from medsd.data.intensity import parse_windows
+    from medsd.data.metadata import PROMPT_METADATA
     from medsd.data.prepare import PHANTOM_RESOLUTION, PrepareOptions, load_salt, prepare, prepare_phantom
+    from medsd.data.survey import survey
     from medsd.runtime import check_output
 
     output_dir = Path(config.output_dir)
@@ -21,8 +34,11 @@ def main(config: PrepareDataConfig) -> None:
     options = PrepareOptions(
         resolution=config.resolution or (PHANTOM_RESOLUTION if config.source == "phantom" else 256),
         resize=config.resize,
+        axis=config.axis,
+        slices=config.slices,
         intensity=parse_windows(config.windows) if config.windows else None,
         prompt_template=config.prompt_template,
+        prompt_metadata=PROMPT_METADATA if config.prompt_metadata == () else config.prompt_metadata or (),
         class_names=config.class_names,
         split_fractions=config.split_fractions,
         duplicates=config.duplicates,
@@ -33,44 +49,89 @@ def main(config: PrepareDataConfig) -> None:
     if config.source == "phantom":
         summary = prepare_phantom(output_dir, options, Path(config.data_dir) if config.data_dir else None, overwrite=config.overwrite)
     else:
+        collection = read_collection(config)
+        for note in collection.notes:
+            print(note)
+        options = replace(
+            options,
+            mask_channel=collection.mask_channel,
+            mask_classes=collection.mask_classes,
+            multi_label=collection.multi_label,
+            class_names=options.class_names or collection.class_names,
+            prompt_template=options.prompt_template or collection.prompt_template,
+        )
+        if config.dry_run:
+            say_survey(survey(collection.rows, options), options)
+            return
         salt, salt_name = load_salt(Path(config.salt_file) if config.salt_file else None)
-        summary = prepare(read_rows(config), output_dir, options, salt, salt_name, overwrite=config.overwrite)
-    report(summary, output_dir)
+        summary = prepare(collection.rows, output_dir, options, salt, salt_name, overwrite=config.overwrite)
+    report(summary, output_dir, options.resolution)
 
 
-def read_rows(config: PrepareDataConfig) -> list:
-    """Rows of the configured source."""
-    from medsd.data import sources
-    from medsd.data.files import is_dicom, is_raster
+def read_collection(config: PrepareDataConfig) -> "Collection":
+    """Rows of the configured source, and what it fixes for all of them."""
+    from medsd.data import collections, sources
+    from medsd.data.files import is_dicom, is_nifti, is_raster
+    from medsd.data.rows import Collection
 
-    data_dir = Path(config.data_dir)
+    folder, labels = Path(config.data_dir), Path(config.labels) if config.labels else None
+    columns = {"image_column": config.image_column, "patient_column": config.patient_column, "split_column": config.split_column}
+    accepts = {"dicom": is_dicom, "nifti": is_nifti, "csv": lambda path: is_raster(path) or is_nifti(path)}.get(config.source, is_raster)
+    if config.source in collections.COLLECTIONS:
+        return collections.read_collection(config.source, folder, labels, config.label_column[0], config.channels)
     if config.source == "npz":
-        return sources.medmnist(data_dir, config.class_names)
-    accepts = is_dicom if config.source == "dicom" else is_raster
-    if config.labels is None:
-        return sources.image_folder(data_dir, accepts)
-    return sources.table(
-        data_dir,
-        Path(config.labels),
-        config.label_column[0],
-        config.image_column,
-        config.patient_column,
-        config.split_column,
-        accepts=accepts,
-    )
+        return collections.medmnist(folder, config.class_names)
+    if config.source == "nifti" and not config.multi_label:
+        return sources.nifti_tree(folder, config.channels, labels, config.label_column[0], **columns)
+    if labels is None:
+        return Collection(sources.image_folder(folder, accepts))
+    if config.multi_label:
+        return sources.findings_table(folder, labels, config.label_column, config.uncertain, accepts=accepts, **columns)
+    return Collection(sources.table(folder, labels, config.label_column[0], accepts=accepts, **columns))
 
 
-def report(summary: dict, output_dir: Path) -> None:
-    """Counts per split and class, and what to type next."""
+def say_survey(found: "Survey", options: "PrepareOptions") -> None:
+    """What would come out, and at what cost."""
+    classes = ", ".join(f"{name} {count}" for name, count in found.classes.items()) or "by the masks"
+    print(f"{found.files} files, {len(found.refused)} of them not readable")
+    for name, reason in found.refused[:SHOWN]:
+        print(f"  {name}: {reason.split(': ', 1)[-1]}")
+    print(f"about {found.images} images of {found.patients} patients: {classes}")
+    hours, stored, staged = found.seconds / 3600, found.stored / 1e9, found.staged / 1e9
+    print(f"about {hours:.3g} hours with --num_workers {options.num_workers}, estimated from a few decoded files")
+    print(f"about {stored:.3g} GB, and {staged:.3g} GB more until it is finished; nothing was written")
+
+
+def report(summary: dict, output_dir: Path, resolution: int) -> None:
+    """Counts per split and class, what to look at, and what to type next."""
     for split, count in summary["images"].items():
         classes = ", ".join(f"{name} {number}" for name, number in summary["classes"][split].items())
         print(f"{split:<10} {count:>6} images of {summary['patients'][split]} patients: {classes}")
     rules = ", ".join(f"{rule} ({count} images)" for rule, count in summary["patient_rule"].items())
-    print(f"patient from: {rules}; {summary['quarantined']} files in quarantine, {summary['duplicates_dropped']} duplicates dropped")
+    print(f"patient from: {rules}")
     if set(summary["patient_rule"]) == {"file"}:
         print("no patient is known, so every file counts as one: name a --patient_column where a patient has several images")
+    if summary["quarantined"]:
+        print(f"{summary['quarantined']} files in quarantine; their names and reasons: {output_dir}.private/quarantine.jsonl")
+    if any(summary["duplicates"].values()):
+        kinds = ", ".join(f"{count} {kind}" for kind, count in summary["duplicates"].items() if count)
+        print(
+            f"pairs of images that show the same in two splits: {kinds}; {summary['duplicates_dropped']} images dropped (duplicates.jsonl)"
+        )
+    if summary["burned_in_text_possible"]:
+        print(
+            f"{summary['burned_in_text_possible']} images may have text burned in, perhaps a name: look at {output_dir}/contact_sheet.png"
+        )
+    if summary["longest_side"] < PADDED * resolution:
+        print(
+            f"no image is larger than {summary['longest_side']} px, the rest of {resolution} px is padding: consider a lower --resolution"
+        )
+    empty = [split for split, count in summary["images"].items() if not count]
+    if empty:
+        print(f"nothing in {' and '.join(empty)}: classify.py calibrates on validation and scores test")
     data, unet = shlex.quote(str(output_dir)), shlex.quote(str(output_dir.with_name("unet")))
-    print(f"data set in {output_dir}\nnext: accelerate launch recipes/finetune_unet.py --dataset_name {data} --output_dir {unet}")
+    print(f"data set in {output_dir}; look at contact_sheet.png there")
+    print(f"next: accelerate launch recipes/finetune_unet.py --dataset_name {data} --output_dir {unet}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def phantom_data(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("phantom")
     write_phantom(folder / "phantom_dicom_0", patients=30, slices=6, size=64)
-    prepare_phantom(folder / "data", PrepareOptions(resolution=32, num_workers=1))
+    prepare_phantom(folder / "data", PrepareOptions(resolution=32, num_workers=0))
     return folder / "data"
 
 

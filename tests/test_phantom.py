@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from medsd.data import phantom, phantom_anatomy
+from medsd.data.geometry import fit_square
 from medsd.data.intensity import Windows
 from medsd.data.phantom import write_phantom
 from medsd.data.phantom_anatomy import BLEED_AREA, CLASSES, MAX_SLICES, SCANNERS, draw_patient, slice_image, stream_of
 from medsd.data.prepare import PHANTOM_WINDOW
-from medsd.data.transforms import fit_square
 from medsd.errors import InputError
 
 BLEEDS = CLASSES[1:]

@@ -14,13 +14,14 @@ from PIL import Image
 from medsd.config import PrepareDataConfig, parse
 from medsd.data.dataset import load_dataset, load_info
 from medsd.data.files import is_raster
+from medsd.data.geometry import fit_square
 from medsd.data.prepare import PrepareOptions, load_salt, prepare
 from medsd.data.sources import image_folder, medmnist, table
-from medsd.data.transforms import TrainingOrder, fit_square, shift
+from medsd.data.transforms import TrainingOrder, shift
 from medsd.errors import InputError
 from recipes.prepare_data import main
 
-OPTIONS = PrepareOptions(resolution=16, num_workers=1)
+OPTIONS = PrepareOptions(resolution=16, num_workers=0)
 SALT = b"a salt for tests only"
 
 
@@ -50,6 +51,10 @@ def test_streaming_reads_the_same_shards(tmp_path):
     stream = datasets.load_dataset(str(tmp_path / "data"), split="test", streaming=True)
     keys = [row["key"] for row in stream]
     assert keys == list(load_dataset(tmp_path / "data", split="test")["key"])
+    decoded = load_dataset(tmp_path / "data", split="test", streaming=True)
+    for row, other in zip(decoded, load_dataset(tmp_path / "data", split="test"), strict=True):
+        np.testing.assert_array_equal(row["image"], other["image"])
+        assert row["key"] == other["key"] and row["label"] == other["label"]
 
 
 def test_names_stay_in_the_private_folder(tmp_path):
@@ -162,7 +167,7 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path, flags, message):
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     salt = tmp_path / "salt"
     salt.write_bytes(SALT)
-    config = parse(PrepareDataConfig, [*flags, "--output_dir", str(tmp_path / "data"), "--salt_file", str(salt), "--num_workers", "1"])
+    config = parse(PrepareDataConfig, [*flags, "--output_dir", str(tmp_path / "data"), "--salt_file", str(salt), "--num_workers", "0"])
     with pytest.raises(InputError, match=message):
         main(config)
     assert not (tmp_path / "data").exists()

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
@@ -13,6 +14,10 @@ from safetensors.torch import load_file
 
 from medsd import MedSDPipeline, load_dataset
 from medsd.config import ClassifyConfig, FinetuneUNetConfig, GenerateConfig
+from medsd.data.dataset import data_features, load_info, pack
+from medsd.data.intensity import Recorded
+from medsd.data.prompts import prompt_of
+from medsd.data.transforms import TrainingOrder, recorded_ranges, row_classes
 from medsd.errors import InputError
 from recipes import classify, finetune_unet, generate
 
@@ -188,8 +193,6 @@ def test_only_class_tokens_of_a_pretrained_text_encoder_learn(phantom_data, run,
 
 
 def test_a_run_goes_on_with_other_classes(phantom_data, run, tmp_path):
-    from medsd.data.dataset import load_info
-
     pipe = MedSDPipeline.from_pretrained(run)
     info = replace(
         load_info(phantom_data),
@@ -348,3 +351,179 @@ def test_an_autoencoder_is_trained_and_used(phantom_data, tmp_path):
     lora = train(phantom_data, tmp_path / "lora", pretrained_model_name_or_path=str(base), rank=2, vae=str(tmp_path / "tuned"))
     loaded = MedSDPipeline.from_pretrained(lora).vae.state_dict()
     assert torch.equal(loaded["decoder.conv_out.weight"], after["decoder.conv_out.weight"])
+
+
+AGES = ("30-39", "60-69", "90+")
+
+
+@pytest.fixture(scope="module")
+def findings_data(phantom_data, tmp_path_factory):
+    """The phantom with several findings, facts in the prompts, and a range recorded for each image."""
+    folder = tmp_path_factory.mktemp("findings") / "data"
+    info = load_info(phantom_data)
+    features = data_features(info.class_names, multi_label=True, with_mask=False, with_range=True)
+    for split in ("train", "validation", "test"):
+        rows = load_dataset(phantom_data, split)
+        changed = [with_findings(row, number, info) for number, row in enumerate(rows)]
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        table = pyarrow.Table.from_pylist(changed, schema=features.arrow_schema)
+        pyarrow.parquet.write_table(table, folder / "data" / f"{split}-00000-of-00001.parquet")
+    intensity = Recorded("percentiles", ((0.0, 90.0),)).to_dict()
+    (folder / "medsd.json").write_text(json.dumps(replace(info, multi_label=True, intensity=intensity).to_dict()))
+    return folder
+
+
+def with_findings(row, number, info):
+    labels = [int(index == row["label"] or (index == 1 and number % 5 == 0)) for index in range(len(info.class_names))]
+    tokens = [token for token, holds in zip(info.class_tokens, labels, strict=True) if holds]
+    facts = {"age_band": AGES[number % 3], "sex": "female" if number % 2 else None}
+    return {
+        "key": row["key"],
+        "image": pack(row["image"]),
+        "labels": labels,
+        "prompt": prompt_of(tokens, "a head CT with {label}", facts) if number % 7 else info.prompts[row["label"]],
+        "patient_id": row["patient_id"],
+        "intensity_range": [[float(row["image"].min()), float(row["image"].max()) + 1]],
+    }
+
+
+def test_findings_and_facts_are_trained_on_and_drawn_by_finding(findings_data, tmp_path):
+    flags = {"random_shift": 1, "random_rotation": 5.0, "random_scale": 0.1, "random_intensity": 0.1, "random_flip": "horizontal"}
+    folder = train(findings_data, tmp_path / "unet", class_sampling="sqrt", resolution=16, **flags)
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < last["validation_loss"] < 5 and "validation_auroc" not in last
+    pipe = MedSDPipeline.from_pretrained(folder)
+    assert pipe.data.multi_label and pipe.data.resolution == 16
+    assert pipe.tokenizer.tokenize("a head CT with <epidural>, 60-69 years, female") == [
+        *("a</w>", "head</w>", "ct</w>", "with</w>", "<epidural>", ",</w>"),
+        *("6</w>", "0</w>", "-</w>", "6</w>", "9</w>", "years</w>", ",</w>", "female</w>"),
+    ]
+    generate.main(
+        GenerateConfig(
+            pipeline=str(folder), output_dir=str(tmp_path / "images"), class_name=("epidural",), num_images=1, num_inference_steps=2
+        )
+    )
+    assert Image.open(tmp_path / "images" / "epidural" / "00000.png").size == (16, 16)
+    source = pipe(class_name="epidural", num_inference_steps=2, output_type="source").images
+    assert source.min() >= 0 and source.max() <= 90
+
+
+def test_sets_of_findings_are_not_scored_yet(findings_data, phantom_data, run, tmp_path):
+    pipe = MedSDPipeline.from_pretrained(train(findings_data, tmp_path / "unet", validation_steps=0))
+    image = load_dataset(phantom_data, "test")[0]["image"]
+    with pytest.raises(InputError, match="generate images by finding"):
+        pipe.classify([image])
+    assert pipe.classify([image], prompts=pipe.data.prompts, mode="full", max_pairs=2).probabilities.shape == (1, 6)
+    for pipeline, data in ((tmp_path / "unet", phantom_data), (run, findings_data)):
+        with pytest.raises(InputError, match="--multi_label"):
+            classify.main(ClassifyConfig(pipeline=str(pipeline), dataset_name=str(data), output_dir=str(tmp_path / "scores")))
+
+
+def test_every_row_is_trained_on_its_own_prompt(findings_data, tmp_path, monkeypatch):
+    """Each batch's numbers, looked up in the table that was tokenized, are the rows' prompts."""
+    from medsd.models import conditioning
+
+    tables, numbers = [], []
+    tokenize, drop = conditioning.tokenize, conditioning.drop_prompts
+    monkeypatch.setattr(conditioning, "tokenize", lambda tokenizer, prompts: tables.append(prompts) or tokenize(tokenizer, prompts))
+    monkeypatch.setattr(conditioning, "drop_prompts", lambda prompts, *others: numbers.append(prompts) or drop(prompts, *others))
+    train(findings_data, tmp_path / "unet", validation_steps=0, class_tokens="words")
+    table, rows = tables[-1], load_dataset(findings_data, "train")
+    assert table[:6] == load_info(findings_data).with_words().prompts and table[-1] == "" and table[6:-1] == sorted(table[6:-1])
+    assert "a head CT with epidural and subdural, 60-69 years, female" not in table[:6]
+    order = TrainingOrder(row_classes(rows), 4)
+    for indices, batch in zip(order, numbers, strict=False):
+        words = [rows[index]["prompt"].replace("<", "").replace(">", "") for index in indices]
+        assert [table[number] for number in batch] == words
+
+
+def test_without_classes_every_prompt_is_empty(findings_data, tmp_path):
+    pipe = MedSDPipeline.from_pretrained(train(findings_data, tmp_path / "unet", unconditional=True))
+    assert pipe.class_names == [] and "years</w>" not in pipe.tokenizer.get_vocab()
+
+
+def test_ranges_of_the_data_reach_the_latents(findings_data, tmp_path):
+    pipe = MedSDPipeline.from_pretrained(train(findings_data, tmp_path / "unet", validation_steps=0))
+    rows = load_dataset(findings_data, "test")
+    images, ranges = list(rows["image"]), recorded_ranges(rows)
+    unit = pipe.codec.decode(pipe.encode_images(images, ranges)).numpy()
+    low, high = ranges[..., 0, None, None], ranges[..., 1, None, None]
+    np.testing.assert_allclose(unit, (np.stack(images) - low) / (high - low) * 2 - 1, atol=1e-4)
+    with pytest.raises(InputError, match="one per image"):
+        pipe.encode_images(images, ranges[:1])
+
+
+def test_scores_use_the_recorded_range_of_each_image(phantom_data, findings_data, tmp_path, monkeypatch):
+    """A single-label copy of the data: classify passes validation's and test's own ranges."""
+    data = tmp_path / "data"
+    (data / "data").mkdir(parents=True)
+    info = load_info(findings_data)
+    (data / "medsd.json").write_text(json.dumps(replace(info, multi_label=False).to_dict()))
+    features = data_features(info.class_names, multi_label=False, with_mask=False, with_range=True)
+    for split in ("train", "validation", "test"):
+        rows = pyarrow.parquet.read_table(findings_data / "data" / f"{split}-00000-of-00001.parquet").drop(["labels"]).to_pylist()
+        labels = load_dataset(phantom_data, split)["label"]
+        table = pyarrow.Table.from_pylist(
+            [row | {"label": label} for row, label in zip(rows, labels, strict=True)], schema=features.arrow_schema
+        )
+        pyarrow.parquet.write_table(table, data / "data" / f"{split}-00000-of-00001.parquet")
+    folder, passed, encode = train(data, tmp_path / "unet"), [], MedSDPipeline.encode_images
+    monkeypatch.setattr(
+        MedSDPipeline, "encode_images", lambda pipe, images, ranges=None: passed.append(ranges) or encode(pipe, images, ranges)
+    )
+    classify.main(ClassifyConfig(pipeline=str(folder), dataset_name=str(data), output_dir=str(tmp_path / "scores"), max_pairs=2))
+    for ranges, split in zip(passed, ("validation", "test"), strict=True):
+        np.testing.assert_array_equal(ranges, recorded_ranges(load_dataset(data, split)))
+
+
+def test_a_long_prompt_is_read_by_a_preset_and_refused_by_a_pretrained_model(phantom_data, run, tmp_path):
+    data = shutil.copytree(phantom_data, tmp_path / "data")
+    for split in ("train", "validation"):
+        file = data / "data" / f"{split}-00000-of-00001.parquet"
+        table = pyarrow.parquet.read_table(file)
+        place = table.column_names.index("prompt")
+        prompts = [f"{prompt}, {'very ' * 30}old" for prompt in table["prompt"].to_pylist()]
+        pyarrow.parquet.write_table(table.set_column(place, table.schema.field("prompt"), [prompts]), file)
+    pipe = MedSDPipeline.from_pretrained(train(data, tmp_path / "unet"))
+    assert pipe.tokenizer.model_max_length == pipe.text_encoder.config.max_position_embeddings == 39
+    with pytest.raises(InputError, match="tokens long, the text encoder reads 24"):
+        train(data, tmp_path / "other", pretrained_model_name_or_path=str(run))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("shared", [1, 40])
+def test_a_long_table_is_encoded_only_where_it_is_needed(shared):
+    from medsd.models.conditioning import encode_chosen
+
+    seen = []
+
+    def text_encoder(ids):
+        seen.append(len(ids))
+        return (ids.float()[..., None] * 2,)
+
+    table = torch.arange(33 * 5).reshape(33, 5)
+    chosen = torch.tensor([7, 32, 7, 0] * shared)
+    torch.testing.assert_close(encode_chosen(text_encoder, table, chosen), table[chosen].float()[..., None] * 2)
+    assert seen == [3 if shared == 1 else 33]
+
+
+def test_an_autoencoder_is_trained_at_a_lower_side(findings_data, tmp_path):
+    from medsd.config import FinetuneVAEConfig
+    from recipes import finetune_vae
+
+    flags = QUICK | {"max_train_steps": 1, "random_rotation": 5.0, "resolution": 16}
+    finetune_vae.main(FinetuneVAEConfig(dataset_name=str(findings_data), output_dir=str(tmp_path / "vae"), **flags))
+    assert json.loads((tmp_path / "vae" / "medsd.json").read_text())["data"]["resolution"] == 16
+    assert Image.open(tmp_path / "vae" / "preview.png").size == (8 * 16 * 8, 2 * 16 * 8)
+    with pytest.raises(InputError, match="--resolution 12"):
+        finetune_vae.main(
+            FinetuneVAEConfig(dataset_name=str(findings_data), output_dir=str(tmp_path / "vae2"), **flags | {"resolution": 12})
+        )
+
+
+@pytest.mark.parametrize(
+    "flags", [{"random_rotation": -1.0}, {"random_scale": 1.0}, {"random_intensity": 2.0}, {"random_shift": -1}], ids=str
+)
+def test_augmentation_out_of_range_is_refused(flags):
+    with pytest.raises(InputError, match=f"--{next(iter(flags))}"):
+        FinetuneUNetConfig(**flags)

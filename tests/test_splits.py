@@ -3,13 +3,7 @@
 import numpy as np
 import pytest
 
-from medsd.data.splits import (
-    SPLITS,
-    check_patient_overlap,
-    drop_duplicates,
-    find_duplicates,
-    split_patients,
-)
+from medsd.data.splits import SPLITS, check_patient_overlap, drop_duplicates, find_duplicates, nested_subset, split_patients
 from medsd.errors import InputError
 
 SEEDS = range(8)
@@ -135,3 +129,46 @@ def test_after_dropping_no_fingerprint_is_in_two_splits(seed):
     assert find_duplicates([fingerprints[row] for row in left], [splits[row] for row in left]) == []
     assert {fingerprints[row] for row in left} == set(fingerprints)
     assert all(splits[row] != "test" for row in dropped)
+
+
+def multi_label_collection(patients=300, seed=3):
+    """Five slices a patient; a rare finding that goes with a common one."""
+    generator = np.random.default_rng(seed)
+    names, labels = [], []
+    for patient in range(patients):
+        common, rare = generator.random() < 0.4, generator.random() < 0.06
+        for _ in range(5):
+            names.append(f"p{patient}")
+            labels.append([int(common and generator.random() < 0.8), int(rare and generator.random() < 0.9)])
+    return names, np.array(labels)
+
+
+def test_each_finding_and_no_finding_are_spread_evenly():
+    patients, labels = multi_label_collection()
+    splits = np.array(split_patients(patients, labels, (0.6, 0.2, 0.2), seed=1))
+    columns = np.column_stack([labels, 1 - labels.max(1)])
+    for split, fraction in zip(SPLITS, (0.6, 0.2, 0.2), strict=True):
+        shares = columns[splits == split].sum(0) / columns.sum(0)
+        np.testing.assert_allclose(shares, fraction, atol=0.03)
+    check_patient_overlap(patients, splits.tolist())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_subsets_are_nested_whole_patients_and_stratified(seed):
+    patients, labels = multi_label_collection()
+    owners, before = np.array(patients), set()
+    for fraction in (0.1, 0.25, 0.5, 1.0):
+        rows = nested_subset(patients, labels, fraction, seed)
+        chosen = set(owners[rows])
+        assert before <= set(rows.tolist()) and len(chosen) == round(fraction * 300)
+        assert set(np.flatnonzero(np.isin(owners, list(chosen))).tolist()) == set(rows.tolist())
+        share = labels[rows, 1].sum() / labels[:, 1].sum()
+        assert abs(share - fraction) < 0.12
+        before = set(rows.tolist())
+    assert set(nested_subset(patients, labels, 0.25, seed).tolist()) != set(nested_subset(patients, labels, 0.25, seed + 10).tolist())
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.5])
+def test_a_subset_out_of_range_is_refused(fraction):
+    with pytest.raises(InputError, match="subset"):
+        nested_subset(["a"], [0], fraction)

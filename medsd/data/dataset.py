@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from medsd.data.intensity import IntensityMap, intensity_from_dict
+from medsd.data.metadata import FACT_COLUMNS
 from medsd.data.splits import SPLITS
 from medsd.errors import InputError
 
 INFO_FILE = "medsd.json"
+STREAM_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class DataInfo:
     """Unit of stored values: HU or grey value."""
     fingerprint: str
     """sha256 over keys, labels, splits and pixels."""
+    multi_label: bool = False
+    """Whether several of the classes, or none, can hold in one image: then they are findings."""
 
     @property
     def intensity_map(self) -> IntensityMap:
@@ -74,8 +78,12 @@ def unpack(stored: dict[str, Any]) -> np.ndarray:
     return np.frombuffer(stored["bytes"], dtype=stored["dtype"]).reshape(stored["shape"])
 
 
-def data_features(class_names: list[str], with_mask: bool) -> Any:
-    """`datasets.Features` of a prepared folder."""
+def data_features(class_names: list[str], multi_label: bool, with_mask: bool, with_range: bool) -> Any:
+    """`datasets.Features` of a prepared folder.
+
+    `labels` of 0 and 1 stand in place of `label` where several findings can hold; `intensity_range` `(C, 2)` is there where
+    the intensity map is recorded per image.
+    """
     from datasets import ClassLabel, Features, Image, List, Value
 
     array = {"bytes": Value("binary"), "shape": List(Value("int32")), "dtype": Value("string")}
@@ -83,13 +91,15 @@ def data_features(class_names: list[str], with_mask: bool) -> Any:
         "key": Value("string"),
         "image": array,
         "preview": Image(),
-        "label": ClassLabel(names=class_names),
+        **({"labels": List(Value("int8"))} if multi_label else {"label": ClassLabel(names=class_names)}),
         "prompt": Value("string"),
         "patient_id": Value("string"),
         "series_id": Value("string"),
         "slice_index": Value("int32"),
         "pixel_spacing": List(Value("float32")),
+        **{name: Value("string") for name in FACT_COLUMNS},
     }
+    columns |= {"intensity_range": List(List(Value("float32")))} if with_range else {}
     return Features(columns | ({"mask": array} if with_mask else {}))
 
 
@@ -104,19 +114,20 @@ def load_info(folder_or_hub_id: str | Path) -> DataInfo:
         raise InputError(f"{folder_or_hub_id} is no data folder (or a damaged one): name one that prepare_data.py wrote") from error
 
 
-def load_dataset(folder_or_hub_id: str | Path, split: str | None = None) -> Any:
+def load_dataset(folder_or_hub_id: str | Path, split: str | None = None, streaming: bool = False) -> Any:
     """Prepared data as `datasets` gives it, with `image` (and `mask`) decoded to arrays `(C, H, W)` in the source's unit.
 
+    With `streaming`, an `IterableDataset` that reads shard after shard, from a folder or from the Hub, and keeps nothing.
     Raises InputError where the folder is not a prepared one or has no such split.
     """
     import datasets
 
     load_info(folder_or_hub_id)
     try:
-        loaded = datasets.load_dataset(str(folder_or_hub_id), split=split)
+        loaded = datasets.load_dataset(str(folder_or_hub_id), split=split, streaming=streaming)
     except ValueError as error:
         raise InputError(f"{folder_or_hub_id}: {error}") from error
-    return loaded.with_transform(_decode)
+    return loaded.map(_decode, batched=True, batch_size=STREAM_BATCH) if streaming else loaded.with_transform(_decode)
 
 
 def available_splits(folder_or_hub_id: str | Path) -> list[str]:

@@ -1,20 +1,32 @@
 """One image file -> pixels `(C, H, W)` in the source's own unit, and an allow-list of header facts.
 
-Nothing else leaves a header. DICOM, PNG, TIFF, JPEG and BMP, NPY, and arrays inside an NPZ.
+Nothing else leaves a header, not even as a library's warning. A *frame* is one image of a file that holds several: a
+multi-frame DICOM, a TIFF of several pages. DICOM, NIfTI, PNG, TIFF, JPEG and BMP, NPY, and arrays inside an NPZ; never a pickle.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache
+import logging
+import re
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from medsd.data.arrays import read_array
+from medsd.data.image import MOST_BYTES, SourceImage, channels_first, check_size, narrow
 from medsd.errors import InputError
 
 RASTER_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"})
-DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima", ""})
+RASTER_FORMATS = ("PNG", "TIFF", "JPEG", "BMP")
+"""What Pillow may take a file for, whatever its suffix says; it knows some fifty kinds, one of which runs Ghostscript."""
+DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima", ".seg", ""})
+MOST_FILE_BYTES = 4 * MOST_BYTES
+"""`read_image` stacks the frames of a file up to this size."""
+BITS_PER_SAMPLE, PHOTOMETRIC, SUBFILE_TYPE, SAMPLE_FORMAT = 258, 262, 254, 339
+"""Tags of a TIFF page."""
 
 
 def is_raster(path: Path) -> bool:
@@ -27,169 +39,178 @@ def is_dicom(path: Path) -> bool:
     return path.suffix.lower() in DICOM_SUFFIXES or path.suffix[1:].isdigit()
 
 
-@dataclass(frozen=True)
-class Header:
-    """What may leave a file's header. Ids stay inside `DATA.private` and are hashed elsewhere."""
-
-    patient: str | None = None
-    study: str | None = None
-    series: str | None = None
-    sop_uid: str | None = None
-    instance_number: int | None = None
-    modality: str | None = None
-    pixel_spacing: tuple[float, float] | None = None
-    """(row, column) distance in mm."""
+def is_nifti(path: Path) -> bool:
+    """Whether the name is that of a NIfTI volume."""
+    return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
-@dataclass(frozen=True)
-class SourceImage:
-    """Pixels `(C, H, W)` in the source's unit (HU for CT), never clipped or rescaled, and the header facts."""
-
-    pixels: np.ndarray
-    header: Header = field(default_factory=Header)
-
-
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, frame: int | None = None) -> np.ndarray:
     """Pixels `(C, H, W)` of one image file in the source's own unit: HU for CT, grey values else.
 
-    Raises InputError for a missing file, an unknown suffix, or a file that cannot be decoded.
+    A file of several frames gives `(N, C, H, W)`, or the one that `frame` names; the frames of a NIfTI volume are its
+    axial slices from the lowest, seen as radiologists do (the patient's right is left, the front is up).
+
+    Raises InputError for a missing file, an unknown suffix, a frame that is not there, or a file that cannot be decoded.
     """
-    return read_file(Path(path)).pixels
+    path, frames, size = Path(path), [], 0
+    for number, image in enumerate(read_frames(path)):
+        if number == frame:
+            return np.require(image.pixels, requirements="W")
+        frames.append(image.pixels if frame is None else None)
+        size += image.pixels.nbytes
+        if frame is None and size > MOST_FILE_BYTES:
+            raise InputError(
+                f"{path.name}: frames of more than {MOST_FILE_BYTES / 2**30:.0f} GiB; read them one by one with frame=0, 1, ..."
+            )
+    if frame is not None:
+        raise InputError(f"{path.name}: frame {frame} of {len(frames)}; they count from 0")
+    return _stacked(frames, path)
+
+
+def _stacked(frames: list[np.ndarray], path: Path) -> np.ndarray:
+    """One frame as it is, several as `(N, C, H, W)`; where some are grey and others colour, grey becomes colour."""
+    if len({frame.shape[1:] for frame in frames}) != 1:
+        raise InputError(f"{path.name}: {len(frames)} frames of different sizes; read them one by one with frame=0, 1, ...")
+    channels = max(map(len, frames))
+    if len(frames) == 1:
+        return np.require(frames[0], requirements="W")
+    return np.stack([np.broadcast_to(frame, (channels, *frame.shape[1:])) for frame in frames])
 
 
 def read_file(path: Path, array: str | None = None, index: int | None = None) -> SourceImage:
-    """Decode one file. In an npz, `array` names the member and `index` the row of `(N, H, W)` or `(N, H, W, C)`.
+    """The one image of a file. In an npz, `array` names the member and `index` the row of `(N, H, W)` or `(N, H, W, C)`.
 
     Raises InputError, naming the file and what is wrong with it.
     """
+    frames = list(read_frames(path, array, index))
+    if len(frames) != 1:
+        raise InputError(f"{path.name}: {len(frames)} frames in one file; one is expected here")
+    return frames[0]
+
+
+def read_frames(path: Path, array: str | None = None, index: int | None = None) -> Iterator[SourceImage]:
+    """Every frame of a file, decoded one by one.
+
+    Raises InputError, naming the file and what is wrong with it.
+    """
+    frames = _frames(path, array, index)
+    while True:
+        with readable(path):
+            image = next(frames, None)
+        if image is None:
+            return
+        yield image
+
+
+def _frames(path: Path, array: str | None, index: int | None) -> Iterator[SourceImage]:
     if not path.is_file():
-        raise InputError(f"{path.name}: no such file")
-    reader = _reader(path)
-    try:
-        return reader(path, array, index) if reader is _read_npz else reader(path)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{path.name}: cannot be decoded ({type(error).__name__}: {error})") from error
-
-
-def _reader(path: Path) -> Callable[..., SourceImage]:
+        raise InputError("no such file")
     if is_raster(path):
-        return _read_raster
-    if path.suffix.lower() == ".npy":
-        return _read_npy
-    if path.suffix.lower() == ".npz":
-        return _read_npz
-    if is_dicom(path):
-        return _read_dicom
-    raise InputError(f"{path.name}: not a kind of image that is read here (DICOM, PNG, TIFF, JPEG, BMP, NPY, NPZ)")
+        yield from _raster_frames(path)
+    elif is_nifti(path):
+        from medsd.data.nifti import read_volume
+
+        yield from map(SourceImage, read_volume(path).slices("axial"))
+    elif path.suffix.lower() in {".npy", ".npz"}:
+        yield SourceImage(channels_first(narrow(read_array(path, array, index))))
+    elif is_dicom(path):
+        from medsd.data.dicom import dicom_frames
+
+        yield from dicom_frames(path)
+    else:
+        raise InputError("not a kind of image that is read here (DICOM, NIfTI, PNG, TIFF, JPEG, BMP, NPY, NPZ)")
 
 
-def _read_dicom(path: Path) -> SourceImage:
-    import pydicom
-    from pydicom.pixels import apply_modality_lut, pixel_array
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn whatever a decoder raises into an InputError that names the file, and silence what it says beside that.
 
-    dataset = pydicom.dcmread(path)
-    if "PixelData" not in dataset:
-        raise InputError(f"{path.name}: a DICOM object without pixels ({dataset.get('Modality', 'unknown modality')})")
-    if int(dataset.get("NumberOfFrames") or 1) > 1:
-        raise InputError(f"{path.name}: {dataset.NumberOfFrames} frames in one file; split it into single frames first")
-    stored = pixel_array(dataset)
-    pixels = _narrow(apply_modality_lut(_without_padding(stored, dataset), dataset))
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
-        pixels = _invert(pixels)
-    return SourceImage(_channels_first(pixels), _dicom_header(dataset))
-
-
-def _without_padding(stored: np.ndarray, dataset: Any) -> np.ndarray:
-    """Stored values with PixelPaddingValue replaced by the smallest real value."""
-    padding = dataset.get("PixelPaddingValue")
-    if padding is None or stored.ndim != 2:
-        return stored
-    padded = stored == np.array(padding).astype(stored.dtype)
-    if padded.all() or not padded.any():
-        return stored
-    return np.where(padded, stored[~padded].min(), stored)
+    Decoders written in Rust raise a BaseException when they panic, hence the wide net.
+    """
+    try:
+        with _quiet:
+            yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except InputError as error:
+        raise InputError(f"{path.name}: {error}") from error
+    except MemoryError as error:
+        raise InputError(f"{path.name}: needs more memory than there is") from error
+    except BaseException as error:
+        raise InputError(f"{path.name}: cannot be decoded ({type(error).__name__}: {_in_short(error)})") from error
 
 
-def _invert(pixels: np.ndarray) -> np.ndarray:
-    """MONOCHROME1 (small is bright) as small is dark, within the image's own range."""
-    return (pixels.max() - pixels + pixels.min()).astype(pixels.dtype)
+def _in_short(error: BaseException) -> str:
+    """A library's message as one line, without what it quotes: that may be a header's value."""
+    text = re.sub(r"""(?<!\w)(['"]).*?\1(?!\w)""", "...", " ".join(str(error).split()))
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _dicom_header(dataset: Any) -> Header:
-    def text(tag: str) -> str | None:
-        return str(dataset.get(tag)) if dataset.get(tag) else None
+class _Quiet:
+    """Silences Python's warnings and the loggers of pydicom and nibabel, which quote headers, while any thread is inside."""
 
-    spacing = dataset.get("PixelSpacing") or dataset.get("ImagerPixelSpacing")
-    number = text("InstanceNumber")
-    return Header(
-        patient=text("PatientID"),
-        study=text("StudyInstanceUID"),
-        series=text("SeriesInstanceUID"),
-        sop_uid=text("SOPInstanceUID"),
-        instance_number=int(number) if number and number.lstrip("-").isdigit() else None,
-        modality=text("Modality"),
-        pixel_spacing=(float(spacing[0]), float(spacing[1])) if spacing else None,
-    )
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.caught: Any = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.caught = warnings.catch_warnings()
+                self.caught.__enter__()
+                warnings.simplefilter("ignore")
+                self._let_loggers_speak(False)
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self._let_loggers_speak(True)
+                self.caught.__exit__(None, None, None)
+
+    def _let_loggers_speak(self, speak: bool) -> None:
+        logging.getLogger("pydicom").propagate = speak
+        logging.getLogger("nibabel.global").disabled = not speak
 
 
-def _read_raster(path: Path) -> SourceImage:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return SourceImage(pixels_of(image))
+_quiet = _Quiet()
 
 
-def pixels_of(image: Any) -> np.ndarray:
-    """A PIL image of any mode -> `(C, H, W)` with its own depth, turned as its EXIF says; palettes become colour."""
+def _raster_frames(path: Path) -> Iterator[SourceImage]:
+    from PIL import Image, ImageSequence
+
+    with Image.open(path, formats=RASTER_FORMATS) as image:
+        # The further images of a JPEG (MPO) are previews and gain maps of the first.
+        for frame in [image] if image.format == "MPO" else ImageSequence.Iterator(image):
+            check_size((frame.height, frame.width, len(frame.getbands())), 4)
+            tags = getattr(frame, "tag_v2", {})
+            if tags.get(SUBFILE_TYPE, 0) & 0b101:  # A page that is a smaller copy, or a mask, of another.
+                continue
+            _check_depth(frame, tags)
+            unsigned = frame.mode == "I" and tags.get(SAMPLE_FORMAT, (1,))[0] == 1 and tags.get(BITS_PER_SAMPLE) == (32,)
+            yield SourceImage(pixels_of(frame, np.uint32 if unsigned else None))
+
+
+def _check_depth(image: Any, tags: Any) -> None:
+    """Refuse what Pillow would read as something else."""
+    raw_mode = image.tile[0][3] if image.tile else ""
+    if len(image.getbands()) > 1 and (";16" in str(raw_mode) or max(tags.get(BITS_PER_SAMPLE, (8,))) > 8):
+        raise InputError("colour of 16 bits, of which Pillow would keep 8: save it as one 16-bit grey image per channel")
+    if tags.get(PHOTOMETRIC) == 0 and image.mode not in {"1", "L"}:
+        raise InputError("a TIFF of more than 8 bits in which 0 is white, which Pillow does not turn: save it with 0 as black")
+
+
+def pixels_of(image: Any, kind: type | None = None) -> np.ndarray:
+    """A PIL image of any mode -> `(C, H, W)` with its own depth, turned as its EXIF says; palettes become colour.
+
+    `kind` is the type that 32 bits stand for where it is not Pillow's own, int32.
+    """
     from PIL import ImageOps
 
     image = ImageOps.exif_transpose(image)
     if image.mode in {"P", "PA", "CMYK", "YCbCr", "LAB", "HSV"}:
         image = image.convert("RGB")
     pixels = np.asarray(image)
-    return _channels_first(pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels)
-
-
-def _read_npy(path: Path) -> SourceImage:
-    return SourceImage(_channels_first(_narrow(np.load(path, allow_pickle=False))))
-
-
-def _read_npz(path: Path, array: str | None, index: int | None) -> SourceImage:
-    member = _npz_member(path, array)
-    return SourceImage(_channels_first(_narrow(member if index is None else member[index])))
-
-
-@lru_cache(maxsize=3)
-def _npz_member(path: Path, array: str | None) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as archive:
-        if array is None and len(archive.files) != 1:
-            raise InputError(f"{path.name}: holds {len(archive.files)} arrays ({', '.join(archive.files)}); one is expected")
-        return archive[array or archive.files[0]]
-
-
-def _channels_first(pixels: np.ndarray) -> np.ndarray:
-    """`(H, W)` or `(H, W, C)` -> `(C, H, W)`; transparency is dropped, equal colour channels are one grey channel."""
-    if pixels.ndim == 2:
-        return pixels[None]
-    if pixels.ndim != 3:
-        raise InputError(f"an image of shape {pixels.shape}; (H, W) or (H, W, C) is expected")
-    planes = np.moveaxis(pixels, -1, 0)
-    planes = planes[:-1] if len(planes) in {2, 4} else planes
-    grey = len(planes) == 3 and (planes[0] == planes[1]).all() and (planes[0] == planes[2]).all()
-    return np.ascontiguousarray(planes[:1] if grey else planes)
-
-
-def _narrow(pixels: np.ndarray) -> np.ndarray:
-    """The same values in the smallest of uint8 (kept), int16, uint16, int32 and float32 that holds them exactly."""
-    if pixels.dtype == np.uint8:
-        return pixels
-    if not np.isfinite(pixels).all():
-        raise InputError("pixels that are not finite numbers")
-    low, high = pixels.min(), pixels.max()
-    whole = np.issubdtype(pixels.dtype, np.integer) or (pixels == np.rint(pixels)).all()
-    for kind in (np.int16, np.uint16, np.int32):
-        if whole and np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
-            return pixels.astype(kind)
-    return pixels.astype(np.float32)
+    pixels = pixels.view(kind) if kind else pixels
+    return channels_first(pixels.astype(np.uint8) * 255 if pixels.dtype == bool else narrow(pixels))

@@ -1,85 +1,33 @@
-"""A collection on disk -> rows: which file, which label, which patient, which split.
+"""A collection on disk -> rows: which file, which findings, which patient, which split.
 
-Sources read names and tables only; pixels and headers are `files`' business.
+Sources read names and tables only; pixels and headers are `files`' business. Words: a *volume* is a NIfTI file; a *case* is
+a folder whose volumes are the channels of one image; a *word* of a file's name stands between `_`, `-` and `.`.
 """
 
-import csv
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from medsd.data.files import is_raster
-from medsd.data.metadata import Facts
+from medsd.data.files import is_nifti, is_raster
+from medsd.data.rows import SPLIT_NAMES, Accepts, Collection, Row, images_below, relative, split_name, stem_of, words_of
+from medsd.data.tables import Columns, Findings, Index, is_flag, join, one_class, read_table
 from medsd.errors import InputError
 
-Accepts = Callable[[Path], bool]
-"""Which file names are images."""
-IMAGE_COLUMNS = ("file", "path", "image", "image_id", "filename", "dicom_name")
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One thing to decode: an image, all frames of a file, or one slice stack of volumes."""
-
-    name: str
-    """How messages call it and what its key is made of: the path below the data folder; unique."""
-    files: tuple[Path, ...]
-    """The image; or co-registered volumes, one channel each, in this order."""
-    findings: tuple[str, ...] = ()
-    """What it shows: one class, or any number of findings of a multi-label collection."""
-    patient: str | None = None
-    split: str | None = None
-    mask: Path | None = None
-    array: str | None = None
-    """Member of an npz."""
-    index: int | None = None
-    """Row of that member."""
-    facts: Facts = Facts()
-    """Age, sex, view of the collection's table."""
-
-    @property
-    def file(self) -> Path:
-        """The image, or its first channel."""
-        return self.files[0]
-
-    @property
-    def label(self) -> str:
-        """The class of a row that has just one."""
-        return self.findings[0]
-
-
-@dataclass(frozen=True)
-class Collection:
-    """Rows, and what the collection fixes for all of them."""
-
-    rows: list[Row]
-    class_names: tuple[str, ...] | None = None
-    """Order of the classes; None: sorted as found."""
-    multi_label: bool = False
-    mask_classes: tuple[str, str] | None = None
-    """Classes of slices without and with something in the mask, where rows have no findings."""
-    mask_channel: bool = False
-    """Whether the mask is stacked behind the image's channels rather than kept as a column of its own."""
-    prompt_template: str | None = None
-    notes: tuple[str, ...] = ()
-    """What was left out, a sentence each with counts, for the terminal."""
+FLAT_CLASS = "image"
+"""The class of images without any."""
+MASK = "mask"
+MASK_WORDS = ("seg", "mask", "segm", "segmentation", "label")
 
 
 def image_folder(folder: Path, accepts: Accepts = is_raster) -> list[Row]:
-    """`FOLDER/CLASS/...` or `FOLDER/train|val|test/CLASS/...`: a row per file, labelled by its folder."""
+    """`FOLDER/CLASS/...` or `FOLDER/train|val|test/CLASS/...`: a row per file, labelled by its folder.
+
+    Where no folders but images lie in FOLDER (or in a split's folder), these are of the one class `image`.
+    """
     parts = _subfolders(folder)
     splits = [part for part in parts if part.name.lower() in SPLIT_NAMES]
     if not splits:
@@ -101,76 +49,100 @@ def table(
     accepts: Accepts = is_raster,
 ) -> list[Row]:
     """A row per line of the CSV `labels`, its file looked up below `folder` by path, name or stem."""
-    lines = _read_csv(folder, labels)
-    image_column = image_column or next((name for name in IMAGE_COLUMNS if name in lines[0]), None)
-    if image_column is None:
-        raise InputError(f"{labels.name} has none of the columns {', '.join(IMAGE_COLUMNS)}: name one with --image_column")
-    for flag, column in {"image": image_column, "label": label_column, "patient": patient_column, "split": split_column}.items():
-        if column is not None and column not in lines[0]:
-            raise InputError(f'{labels.name} has no column "{column}" (--{flag}_column); it has {", ".join(lines[0])}')
-    files = _FileIndex(folder, accepts)
-    rows = []
-    for number, line in enumerate(lines, start=2):
-        label = line[label_column].strip()
-        if not label:
-            raise InputError(f'{labels.name}, line {number}: "{label_column}" is empty; give the image a label or drop the line')
-        file = files.find(line[image_column].strip(), f"{labels.name}, line {number}")
-        rows.append(
-            Row(
-                name=_relative(file, folder),
-                files=(file,),
-                findings=(label,),
-                patient=line[patient_column].strip() or None if patient_column else None,
-                split=_split_name(line[split_column], f"{labels.name}, line {number}") if split_column else None,
-                mask=folder / line[mask_column] if mask_column else None,
-            )
+    columns = Columns((label_column,), image_column, patient_column, split_column, mask_column)
+    return join(Index(_file_rows(folder, accepts), folder), read_table(folder, labels), labels.name, columns, one_class)
+
+
+def findings_table(
+    folder: Path,
+    labels: Path,
+    label_columns: tuple[str, ...],
+    uncertain: str = "drop",
+    image_column: str | None = None,
+    patient_column: str | None = None,
+    split_column: str | None = None,
+    accepts: Accepts = is_raster,
+) -> Collection:
+    """A multi-label table: columns of 0 and 1 (true, yes), or one of names joined by `|` or `;`, "No Finding" for none.
+
+    `uncertain` says what -1 and an empty cell are: `drop` leaves the image out, `positive` and `negative` read 1 and 0.
+    """
+    lines = read_table(folder, labels)
+    columns = Columns(label_columns, image_column, patient_column, split_column)
+    named = len(label_columns) == 1 and any(not is_flag(line.get(label_columns[0], "")) for line in lines)
+    rule = Findings(uncertain, named)
+    rows = join(Index(_file_rows(folder, accepts), folder), lines, labels.name, columns, rule)
+    if not rows:
+        raise InputError(f"{labels.name}: no line without an uncertain finding; --uncertain negative reads -1 and empty cells as 0")
+    dropped = len(lines) - len(rows)
+    notes = (f"{dropped} of {len(lines)} images left out: a finding is -1 or empty (--uncertain drop)",) if dropped else ()
+    return Collection(rows, None if named else label_columns, multi_label=True, notes=notes)
+
+
+def nifti_tree(
+    folder: Path,
+    channels: tuple[str, ...] | None = None,
+    labels: Path | None = None,
+    label_column: str = "label",
+    image_column: str | None = None,
+    patient_column: str | None = None,
+    split_column: str | None = None,
+) -> Collection:
+    """NIfTI volumes, labelled by the CSV `labels` or by folder as in `image_folder`; a row per volume, or per case with `channels`.
+
+    A channel is the one volume of the case with this word in its name (`t1ce`), or with another one (`t1ce=t1c`). `mask` comes
+    last. Cases with a mask and neither table nor class folders are labelled by their mask, slice by slice.
+    """
+    if channels is None and labels is None:
+        return Collection(image_folder(folder, is_nifti))
+    rows, notes = (_file_rows(folder, is_nifti), ()) if channels is None else _cases(folder, channel_words(channels))
+    if labels is None:
+        rows = _by_folder(rows)
+    else:
+        columns = Columns((label_column,), image_column, patient_column, split_column)
+        rows = join(Index(rows, folder), read_table(folder, labels), labels.name, columns, one_class)
+    with_mask, labelled = rows[0].mask is not None, bool(rows[0].findings)
+    if not labelled and not with_mask:
+        rows = [replace(row, findings=(FLAT_CLASS,)) for row in rows]
+    mask_classes = ("no lesion", "lesion") if with_mask and not labelled else None
+    return Collection(rows, mask_classes=mask_classes, mask_channel=with_mask, notes=notes)
+
+
+def npz(path: Path, class_names: Sequence[str] | None = None) -> Collection:
+    """A MedMNIST npz: `train_images`, `train_labels`, and the same for `val` and `test`; its splits are kept.
+
+    Labels `(N,)` or `(N, 1)` are classes, `(N, K)` are K findings of 0 and 1 (ChestMNIST). Only the labels are read.
+    """
+    file = single_npz(path)
+    labels = _npz_labels(file)
+    widths = {split: int(np.prod(values.shape[1:])) for split, values in labels.items()}
+    if len(set(widths.values())) > 1:
+        raise InputError(f"{file.name}: different numbers of labels an image ({widths}); save each kind in a file of its own")
+    multi_label = max(widths.values()) > 1
+    names = class_names or ([str(index) for index in range(max(widths.values()))] if multi_label else None)
+    read = _flags if multi_label else _number
+    rows = [
+        Row(
+            name=f"{file.name}:{split}_images[{index}]",
+            files=(file,),
+            findings=read(value, names),
+            split=split_name(split, file.name),
+            array=f"{split}_images",
+            index=index,
         )
-    twice = next((name for name, count in Counter(row.name for row in rows).items() if count > 1), None)
-    if twice is not None:
-        raise InputError(f"{labels.name} has several lines for {twice}: one line, with one label, is expected")
-    return rows
+        for split, values in labels.items()
+        for index, value in enumerate(values.reshape(len(values), widths[split]))
+    ]
+    return Collection(rows, tuple(names) if names else None, multi_label)
 
 
 def medmnist(path: Path, class_names: Sequence[str] | None = None) -> list[Row]:
-    """A MedMNIST npz: `train_images`, `train_labels`, and the same for `val` and `test`; its splits are kept."""
-    file = _only_npz(path)
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            splits = [name.removesuffix("_images") for name in archive.files if name.endswith("_images")]
-            labels = {split: archive[f"{split}_labels"] for split in splits if f"{split}_labels" in archive.files}
-    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
-        raise InputError(f"{file.name} is not an npz that can be read ({error})") from error
-    if not splits:
-        raise InputError(f"{file.name}: no array ends in _images; a MedMNIST npz has train_images, train_labels, ...")
-    rows = []
-    for split in splits:
-        if split not in labels:
-            raise InputError(f"{file.name}: {split}_images has no {split}_labels beside it")
-        if labels[split].size != len(labels[split]):
-            raise InputError(f"{file.name}: several labels an image in {split}_labels; one is expected")
-        for index, value in enumerate(labels[split].ravel()):
-            rows.append(
-                Row(
-                    name=f"{file.name}:{split}_images[{index}]",
-                    files=(file,),
-                    findings=(_class_name(int(value), class_names),),
-                    split=_split_name(split, file.name),
-                    array=f"{split}_images",
-                    index=index,
-                )
-            )
-    return rows
+    """The rows of `npz`."""
+    return npz(path, class_names).rows
 
 
-def _class_name(value: int, class_names: Sequence[str] | None) -> str:
-    if class_names is None:
-        return str(value)
-    if not 0 <= value < len(class_names):
-        raise InputError(f"label {value} has no name in --class_names {' '.join(class_names)}")
-    return class_names[value]
-
-
-def _only_npz(path: Path) -> Path:
+def single_npz(path: Path) -> Path:
+    """The file itself, or the only npz in a folder."""
     if path.is_file():
         return path
     found = sorted(path.glob("*.npz"))
@@ -179,71 +151,122 @@ def _only_npz(path: Path) -> Path:
     return found[0]
 
 
+def volumes_by_folder(folder: Path) -> dict[Path, list[Path]]:
+    """Folders that hold volumes, and these, in order."""
+    found = defaultdict(list)
+    for file in images_below(folder, is_nifti):
+        found[file.parent].append(file)
+    return dict(sorted(found.items()))
+
+
+def channel_words(channels: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """`("t1", "mask=simple")` -> which words name each channel's file. Raises InputError unless images come first, then the mask."""
+    pairs = [channel.partition("=") for channel in channels]
+    words = {name: (word,) if word else MASK_WORDS if name == MASK else (name,) for name, _, word in pairs}
+    if len(words) < len(channels):
+        raise InputError(f"--channels {' '.join(channels)} names a channel twice: drop one")
+    if MASK in words and (len(words) == 1 or list(words)[-1] != MASK):
+        raise InputError(f"--channels {' '.join(channels)}: the mask is a last channel, behind at least one image; put it last")
+    return words
+
+
+def _cases(folder: Path, words: dict[str, tuple[str, ...]]) -> tuple[list[Row], tuple[str, ...]]:
+    """A row without findings per folder that has every channel; and what was left out."""
+    rows, incomplete, foreign = [], [], 0
+    for case, files in volumes_by_folder(folder).items():
+        found = {channel: [file for file in files if _has_word(file, names)] for channel, names in words.items()}
+        missing = [channel for channel, candidates in found.items() if not candidates]
+        if len(missing) == len(found):
+            foreign += 1
+        elif missing:
+            incomplete.append(f"{relative(case, folder)} has no {missing[0]}")
+        else:
+            rows.append(_case(folder, case, found))
+    if not rows:
+        first = incomplete[0] if incomplete else "their names have none of these words; NAME=WORD looks for another word"
+        raise InputError(f"no folder below {folder} has a volume for each of --channels {' '.join(words)}: {first}")
+    notes = [f"folders left out for lack of a channel: {len(incomplete)} (the first: {incomplete[0]})"] if incomplete else []
+    return rows, (*notes, *([f"folders left out without any of the channels: {foreign}"] if foreign else []))
+
+
+def _case(folder: Path, case: Path, found: dict[str, list[Path]]) -> Row:
+    for channel, candidates in found.items():
+        if len(candidates) > 1:
+            names = ", ".join(file.name for file in candidates)
+            raise InputError(
+                f"{relative(case, folder)}: {len(candidates)} files for channel {channel} ({names}); tell them apart by NAME=WORD"
+            )
+    files = tuple(candidates[0] for channel, candidates in found.items() if channel != MASK)
+    return Row(relative(case, folder), files, mask=found[MASK][0] if MASK in found else None)
+
+
+def _has_word(file: Path, names: Sequence[str]) -> bool:
+    words = set(words_of(stem_of(file.name)))
+    return any(words.issuperset(words_of(name)) for name in names)
+
+
+def _by_folder(cases: list[Row]) -> list[Row]:
+    """Cases with split and class by the folders above them, where there are such."""
+    rows = []
+    for case in cases:
+        parts = PurePosixPath(case.name).parts
+        split = SPLIT_NAMES.get(parts[0].lower()) if len(parts) > 1 else None
+        above = parts[1:-1] if split else parts[:-1]
+        rows.append(replace(case, split=split, findings=above[:1]))
+    for what, has in {"a split": [row.split for row in rows], "a class": [row.findings for row in rows]}.items():
+        if any(has) and not all(has):
+            odd, even = rows[has.index(next(filter(None, has)))], next(row for row, value in zip(rows, has, strict=True) if not value)
+            raise InputError(f"{odd.name} lies in a folder for {what}, {even.name} does not: put all cases or none into such folders")
+    return rows
+
+
+def _npz_labels(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            splits = [name.removesuffix("_images") for name in archive.files if name.endswith("_images")]
+            lacking = next((split for split in splits if f"{split}_labels" not in archive.files), None)
+            labels = {split: archive[f"{split}_labels"] for split in splits if split != lacking}
+    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
+        raise InputError(f"{file.name} is not an npz that can be read ({error})") from error
+    if not splits:
+        raise InputError(f"{file.name}: no array ends in _images; a MedMNIST npz has train_images, train_labels, ...")
+    if lacking is not None:
+        raise InputError(f"{file.name}: {lacking}_images has no {lacking}_labels beside it")
+    return labels
+
+
+def _number(values: np.ndarray, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    value = int(values[0])
+    if class_names is None:
+        return (str(value),)
+    if not 0 <= value < len(class_names):
+        raise InputError(f"label {value} has no name in --class_names {' '.join(class_names)}")
+    return (class_names[value],)
+
+
+def _flags(values: np.ndarray, class_names: Sequence[str]) -> tuple[str, ...]:
+    if len(values) != len(class_names) or not np.isin(values, (0, 1)).all():
+        raise InputError(f"labels {values.tolist()} of an image: {len(class_names)} numbers 0 or 1 are expected, one per class name")
+    return tuple(name for name, value in zip(class_names, values, strict=True) if value)
+
+
 def _subfolders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"--data_dir {folder}: no such folder")
     return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
-def _images(folder: Path, accepts: Accepts) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file() and accepts(file) and not file.name.startswith("."))
-
-
 def _classes(root: Path, folder: Path, accepts: Accepts, split: str | None) -> list[Row]:
-    classes = _subfolders(folder)
-    if not classes:
-        raise InputError(f"{folder}: no folders in it; one folder per class is expected")
-    rows = []
-    for child in classes:
-        files = _images(child, accepts)
-        if not files:
-            raise InputError(f"class {child.name}: no image in {_relative(child, root)}; fill the folder or remove it")
-        rows += [Row(name=_relative(file, root), files=(file,), findings=(child.name,), split=split) for file in files]
-    return rows
+    classes = {child.name: images_below(child, accepts) for child in _subfolders(folder)} or {FLAT_CLASS: images_below(folder, accepts)}
+    empty = next((name for name, files in classes.items() if not files), None)
+    if empty == FLAT_CLASS and not (folder / empty).is_dir():
+        raise InputError(f"{folder}: no folders and no images in it; one folder per class is expected, or images alone")
+    if empty is not None:
+        raise InputError(f"class {empty}: no image in {relative(folder / empty, root)}; fill the folder or remove it")
+    return [
+        Row(name=relative(file, root), files=(file,), findings=(name,), split=split) for name, files in classes.items() for file in files
+    ]
 
 
-def _read_csv(folder: Path, labels: Path) -> list[dict[str, str]]:
-    file = folder / labels if (folder / labels).is_file() else labels
-    if not file.is_file():
-        raise InputError(f"--labels {labels}: no such file, neither here nor in {folder}")
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            lines = [{key: value or "" for key, value in line.items() if key is not None} for line in csv.DictReader(stream)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--labels {labels} cannot be read ({error}): save it as comma-separated UTF-8") from error
-    if not lines:
-        raise InputError(f"--labels {labels}: no line in it")
-    return lines
-
-
-def _split_name(value: str, where: str) -> str:
-    name = SPLIT_NAMES.get(value.strip().lower())
-    if name is None:
-        raise InputError(f'{where}: split "{value}" is none of {", ".join(SPLIT_NAMES)}')
-    return name
-
-
-def _relative(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name
-
-
-class _FileIndex:
-    """Files below a folder by relative path, by name and by stem; a name that several files share is refused."""
-
-    def __init__(self, folder: Path, accepts: Accepts) -> None:
-        if not folder.is_dir():
-            raise InputError(f"--data_dir {folder}: no such folder")
-        self.folder = folder
-        files = _images(folder, accepts)
-        self.paths = {_relative(file, folder): file for file in files}
-        self.counts = Counter(name for file in files for name in {file.name, file.stem})
-        self.names = {name: file for file in files for name in (file.name, file.stem)}
-
-    def find(self, name: str, where: str) -> Path:
-        if name in self.paths:
-            return self.paths[name]
-        if self.counts[name] > 1:
-            raise InputError(f'{where}: {self.counts[name]} files are called "{name}"; give their paths relative to --data_dir')
-        if name not in self.names:
-            raise InputError(f'{where}: image "{name}" is not below {self.folder}; drop the line or add the file')
-        return self.names[name]
+def _file_rows(folder: Path, accepts: Accepts) -> list[Row]:
+    return [Row(relative(file, folder), (file,)) for file in images_below(folder, accepts)]

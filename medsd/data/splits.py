@@ -19,7 +19,7 @@ SPLITS = ("train", "validation", "test")
 
 def split_patients(
     patients: Sequence[str],
-    labels: Sequence[int],
+    labels: Sequence[int] | np.ndarray,
     fractions: Sequence[float] = (0.7, 0.1, 0.2),
     seed: int = 0,
 ) -> list[str]:
@@ -34,7 +34,8 @@ def split_patients(
 
     Args:
         patients: patient id of each row.
-        labels: label of each row; any integers.
+        labels: label of each row, any integers; or `(N, F)` of 0 and 1 where several of F findings can hold, each of which
+            is then spread evenly, as are the rows without any.
         fractions: shares of rows for train, validation and test; a split of fraction 0 stays empty.
         seed: any integer.
 
@@ -43,11 +44,40 @@ def split_patients(
     """
     shares = _checked_fractions(fractions)
     names, patient_of = np.unique(np.asarray(patients, str), return_inverse=True)
-    values, label_of = np.unique(np.asarray(labels, int), return_inverse=True)
-    counts = np.zeros((len(names), len(values)))
-    np.add.at(counts, (patient_of, label_of), 1)
-    split_of = _place(counts, _placing_order(names, counts.sum(1), seed), shares)
+    counts = _counts(patient_of, _indicators(labels))
+    split_of = _place(counts, np.bincount(patient_of), _placing_order(names, np.bincount(patient_of), seed), shares)
     return [SPLITS[split_of[patient]] for patient in patient_of]
+
+
+def nested_subset(patients: Sequence[str], labels: Sequence[int] | np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
+    """Rows `(M,)` of `fraction` of the patients, ascending: with one seed, those of a smaller fraction are among those of a larger.
+
+    Patients are put in one order for all fractions, in which those of every label (of a patient's rarest one, where it has
+    several) are spread evenly; the subset is the head of it, at least one patient.
+
+    Args:
+        patients: patient id of each row.
+        labels: as in `split_patients`.
+        fraction: of the patients, above 0 and at most 1.
+        seed: any integer.
+
+    Raises:
+        InputError: a fraction out of range.
+    """
+    if not 0 < fraction <= 1:
+        raise InputError(f"a subset of {fraction} of the patients: above 0 and at most 1 is expected")
+    names, patient_of = np.unique(np.asarray(patients, str), return_inverse=True)
+    counts = _counts(patient_of, _indicators(labels))
+    has = counts > 0
+    rarest = np.where(has, has.sum(0), len(names) + 1).argmin(1)
+    place = np.empty(len(names))
+    for label in np.unique(rarest):
+        members = sorted(np.flatnonzero(rarest == label), key=lambda patient: _shuffled(seed, names[patient]))
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    order = sorted(range(len(names)), key=lambda patient: (place[patient], _shuffled(seed, names[patient])))
+    chosen = np.zeros(len(names), bool)
+    chosen[order[: max(1, round(fraction * len(names)))]] = True
+    return np.flatnonzero(chosen[patient_of])
 
 
 def check_patient_overlap(patients: Sequence[str], splits: Sequence[str]) -> None:
@@ -102,18 +132,37 @@ def _checked_fractions(fractions: Sequence[float]) -> np.ndarray:
     return np.asarray(fractions, float)
 
 
+def _indicators(labels: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Labels `(N,)` or `(N, F)` -> 0 and 1 `(N, labels)`; rows without any finding have a label of their own."""
+    labels = np.asarray(labels, int)
+    if labels.ndim == 1:
+        return labels[:, None] == np.unique(labels)
+    columns = np.column_stack([labels > 0, ~(labels > 0).any(1)])
+    return columns[:, columns.any(0)]
+
+
+def _counts(patient_of: np.ndarray, indicators: np.ndarray) -> np.ndarray:
+    """Rows of each patient with each label `(P, labels)`."""
+    counts = np.zeros((patient_of.max(initial=-1) + 1, indicators.shape[1]))
+    np.add.at(counts, patient_of, indicators)
+    return counts
+
+
+def _shuffled(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()
+
+
 def _placing_order(names: Sequence[str], sizes: np.ndarray, seed: int) -> list[int]:
     """Patients by falling power of two of their size, then by hash: so the seed always has a say."""
 
     def key(patient: int) -> tuple[int, bytes]:
-        digest = hashlib.sha256(f"{seed}:{names[patient]}".encode()).digest()
-        return -int(sizes[patient]).bit_length(), digest
+        return -int(sizes[patient]).bit_length(), _shuffled(seed, names[patient])
 
     return sorted(range(len(names)), key=key)
 
 
-def _place(counts: np.ndarray, order: Iterable[int], shares: np.ndarray) -> np.ndarray:
-    """The split index `(P,)` of patients with `counts` `(P, labels)`.
+def _place(counts: np.ndarray, sizes: np.ndarray, order: Iterable[int], shares: np.ndarray) -> np.ndarray:
+    """The split index `(P,)` of patients with `counts` `(P, labels)` and `sizes` `(P,)` in rows.
 
     With A rows of a label in a split and T its target there, the chi-square distance is the sum of
     (A - T)^2 / T. Adding c rows changes it by 2 (A + c / 2) c / T and a term that all splits share.
@@ -122,7 +171,7 @@ def _place(counts: np.ndarray, order: Iterable[int], shares: np.ndarray) -> np.n
     """
     used = np.flatnonzero(shares)
     weights = np.append(np.ones(counts.shape[1]), counts.shape[1])
-    counts = np.column_stack([counts, counts.sum(1)])
+    counts = np.column_stack([counts, sizes])
     targets = shares[used, None] * counts.sum(0)
     filled = np.zeros_like(targets)
     split_of = np.zeros(len(counts), int)

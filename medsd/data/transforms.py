@@ -1,54 +1,81 @@
-"""Geometry when data is prepared, and the loader that feeds training.
+"""From stored images to the batches that training sees.
 
-The loader hands over source integers; intensity map and augmentation run batched on the training device.
+The loader hands over source integers; intensity map, shrinking and augmentation run batched on the training device.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 
-from medsd.data.intensity import IntensityMap
+from medsd.data.dataset import DataInfo
+from medsd.data.intensity import IntensityMap, label_channels
 from medsd.errors import InputError
 
 
-def fit_square(
-    image: np.ndarray, resolution: int, resize: str, nearest: bool = False, background: float | None = None
-) -> tuple[np.ndarray, tuple[float, float]]:
-    """`(C, H, W)` -> `(C, R, R)` of the same dtype, and the (row, column) scale new/old.
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes to training images `(B, C, H, W)` in `[-1, 1]`; each that is 0 or none draws nothing."""
 
-    The image shrinks by area averaging (or to the nearest pixel) and is never enlarged; what is missing is padded with
-    `background`, by default the smallest value of the image. `pad` keeps all, `crop` the middle square, `stretch` gives up the aspect.
+    shift: int = 0
+    """Whole pixels each way."""
+    rotation: float = 0.0
+    """Degrees each way."""
+    scale: float = 0.0
+    """Share by which images become larger or smaller."""
+    intensity: float = 0.0
+    """Share of contrast (gain about 0) each way, and of the range's half (offset) each way."""
+    flip: Literal["none", "horizontal", "vertical", "both"] = "none"
+    """Mirrored left to right, upside down or either, half of the images each."""
+    label_channels: int = 0
+    """Last channels that hold labels: moved with the others, never mixed and never made brighter."""
+
+    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Changed images; the very same tensor where there is nothing to change."""
+        count = len(images)
+        if self.shift:
+            images = shift(images, torch.randint(-self.shift, self.shift + 1, (count, 2), generator=generator, device=images.device))
+        if self.rotation or self.scale:
+            degrees, scales = _uniform((2, count), images, generator) * images.new_tensor([[self.rotation], [self.scale]])
+            images = rotate_and_scale(images, degrees, 1 + scales, self.label_channels)
+        for direction, axis in (("horizontal", -1), ("vertical", -2)):
+            if self.flip in {direction, "both"}:
+                mirrored = _uniform((count, 1, 1, 1), images, generator) < 0
+                images = torch.where(mirrored, images.flip(axis), images)
+        if self.intensity:
+            gain, offset = _uniform((2, count, 1, 1, 1), images, generator) * self.intensity
+            grey, labels = _apart(images, self.label_channels)
+            images = torch.cat([(grey * (1 + gain) + offset).clamp(-1, 1), labels], 1)
+        return images
+
+
+def _uniform(shape: tuple[int, ...], images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Uniform in `[-1, 1)`, on the images' device."""
+    return torch.rand(shape, generator=generator, device=images.device) * 2 - 1
+
+
+def _apart(images: torch.Tensor, label_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images `(B, C, H, W)` without their last `label_channels`, and those."""
+    grey = images.shape[1] - label_channels
+    return images[:, :grey], images[:, grey:]
+
+
+def rotate_and_scale(images: torch.Tensor, degrees: torch.Tensor, scales: torch.Tensor, label_channels: int = 0) -> torch.Tensor:
+    """Turn square images `(B, C, H, H)` about their middle by `degrees` `(B,)`, counter-clockwise, and enlarge them by `scales` `(B,)`.
+
+    Bilinear, but each pixel of the last `label_channels` takes the nearest one's value; edges are repeated.
     """
-    image = _middle_square(image) if resize == "crop" else image
-    height, width = image.shape[-2:]
-    longer = max(height, width)
-    sides = (height, width) if resize == "stretch" else (longer, longer)
-    scale = tuple(min(1.0, resolution / side) for side in sides)
-    shrunk = _shrink(image, max(1, round(height * scale[0])), max(1, round(width * scale[1])), nearest)
-    missing = [resolution - side for side in shrunk.shape[-2:]]
-    margins = [(0, 0), *((gap // 2, gap - gap // 2) for gap in missing)]
-    return np.pad(shrunk, margins, constant_values=image.min() if background is None else background), (scale[0], scale[1])
-
-
-def _middle_square(image: np.ndarray) -> np.ndarray:
-    height, width = image.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return image[..., top : top + side, left : left + side]
-
-
-def _shrink(image: np.ndarray, height: int, width: int, nearest: bool) -> np.ndarray:
-    from PIL import Image
-
-    if image.shape[-2:] == (height, width):
-        return image
-    method = Image.Resampling.NEAREST if nearest else Image.Resampling.BOX
-    planes = [np.asarray(Image.fromarray(plane.astype(np.float32)).resize((width, height), method)) for plane in image]
-    shrunk = np.stack(planes)
-    return np.rint(shrunk).astype(image.dtype) if np.issubdtype(image.dtype, np.integer) else shrunk
+    cosine, sine, zero = degrees.deg2rad().cos() / scales, degrees.deg2rad().sin() / scales, torch.zeros_like(scales)
+    matrices = torch.stack([torch.stack([cosine, -sine, zero], 1), torch.stack([sine, cosine, zero], 1)], 1)
+    places = affine_grid(matrices, list(images.shape), align_corners=False)
+    grey, labels = _apart(images, label_channels)
+    options = {"padding_mode": "border", "align_corners": False}
+    return torch.cat([grid_sample(grey, places, "bilinear", **options), grid_sample(labels, places, "nearest", **options)], 1)
 
 
 def shift(images: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -60,37 +87,72 @@ def shift(images: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return images.movedim(1, -1)[index, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
-def augment(images: torch.Tensor, random_shift: int, generator: torch.Generator) -> torch.Tensor:
-    """Training images `(B, C, H, W)` moved at random by up to `random_shift` pixels each way."""
-    if random_shift == 0:
-        return images
-    return shift(images, torch.randint(-random_shift, random_shift + 1, (len(images), 2), generator=generator, device=images.device))
+def shrink(images: torch.Tensor, resolution: int, label_channels: int = 0) -> torch.Tensor:
+    """Images `(B, C, H, H)` in the source's unit -> float32 `(B, C, R, R)`, just as `medsd.data.geometry.fit_square` shrinks them.
+
+    H is a multiple of R. Means of blocks, rounded where the source has integers; of the last `label_channels` the middle pixels.
+    """
+    block = images.shape[-1] // resolution
+    if block == 1:
+        return images.float()
+    grey, labels = _apart(images, label_channels)
+    means = avg_pool2d(grey.float(), block)
+    means = means if images.is_floating_point() else means.round()
+    return torch.cat([means, labels[..., block // 2 :: block, block // 2 :: block].float()], 1)
 
 
-def pixel_statistics(dataset: Any, intensity: IntensityMap, limit: int = 512) -> tuple[float, float]:
+def to_unit(
+    images: torch.Tensor, intensity: IntensityMap, ranges: torch.Tensor | None = None, resolution: int | None = None
+) -> torch.Tensor:
+    """Source integers `(B, C, H, H)` -> float32 `[-1, 1]`, shrunk to `resolution` first; `ranges` `(B, C, 2)` where they are recorded."""
+    small = shrink(images, resolution or images.shape[-1], label_channels(intensity, images.shape[1]))
+    return intensity.to_unit(small, ranges)
+
+
+def at_resolution(data: DataInfo, wanted: int | None) -> DataInfo:
+    """The data as `to_unit` shrinks it to a side of `wanted` pixels; raises InputError where blocks of pixels do not make that up."""
+    if wanted is not None and (wanted > data.resolution or data.resolution % wanted):
+        raise InputError(f"--resolution {wanted}: the data has {data.resolution} px; that or a half, a third ... of it is expected")
+    return replace(data, resolution=wanted or data.resolution)
+
+
+def pixel_statistics(dataset: Any, intensity: IntensityMap, limit: int = 512, resolution: int | None = None) -> tuple[float, float]:
     """Mean and standard deviation of up to `limit` images in `[-1, 1]`, evenly picked."""
-    unit = sample_images(dataset, intensity, limit)
+    unit = sample_images(dataset, intensity, limit, resolution)
     if unit.std() == 0:
         raise InputError("every pixel of the training images is the same in [-1, 1]: check --windows")
     return unit.mean().item(), unit.std().item()
 
 
-def sample_images(dataset: Any, intensity: IntensityMap, limit: int) -> torch.Tensor:
-    """About `limit` images of a data set, evenly picked, as `(N, C, H, W)` in `[-1, 1]`."""
-    picked = dataset[range(0, len(dataset), max(1, len(dataset) // limit))]["image"]
-    return to_unit(torch.from_numpy(np.stack(picked).astype(np.float32)), intensity)
+def sample_images(dataset: Any, intensity: IntensityMap, limit: int, resolution: int | None = None) -> torch.Tensor:
+    """About `limit` images of a data set, evenly picked, as `(N, C, R, R)` in `[-1, 1]`."""
+    rows = TrainingRows(dataset)
+    batch = rows[list(range(0, len(rows), max(1, len(rows) // limit)))]
+    return to_unit(batch["images"], intensity, batch.get("ranges"), resolution)
 
 
-def to_unit(images: torch.Tensor, intensity: IntensityMap) -> torch.Tensor:
-    """Source integers `(B, C, H, W)` -> float32 `[-1, 1]`."""
-    return intensity.to_unit(images.float())
+def column(dataset: Any, name: str) -> Any:
+    """One column as a `pyarrow.ChunkedArray`; no other is read."""
+    return dataset.select_columns([name]).with_format("arrow")[:][name]
 
 
-class TrainingOrder(Sampler[list[int]]):
+def recorded_ranges(dataset: Any) -> np.ndarray | None:
+    """(low, high) of every row's channels `(N, C, 2)`; None where the intensity map is not recorded per image."""
+    return _ranges(column(dataset, "intensity_range")) if "intensity_range" in dataset.column_names else None
+
+
+def row_classes(dataset: Any) -> np.ndarray:
+    """The class index of every row `(N,)`; where several findings can hold, the number of the row's set of findings."""
+    if "labels" not in dataset.column_names:
+        return column(dataset, "label").to_numpy()
+    return np.unique(_findings(column(dataset, "labels")), axis=0, return_inverse=True)[1].reshape(-1)
+
+
+class TrainingOrder:
     """Endless batches of row indices; which rows batch n holds depends on (seed, n, rank) alone, so any step can be resumed.
 
     `natural` visits every row once an epoch; `balanced` draws each class equally often, `sqrt` in proportion to the
-    square root of its count, with replacement.
+    square root of its count, with replacement. `labels` are those of `row_classes`: each set of findings counts as a class.
     """
 
     def __init__(
@@ -138,13 +200,67 @@ def sample_rows(dataset: Any, limit: int | None, seed: int) -> Any:
     return dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:limit]))
 
 
-def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows -> `images` `(B, C, H, W)` in the source's integers and `labels` `(B,)`."""
-    images = np.stack([row["image"] for row in rows])
-    images = images.astype(np.int32) if images.dtype == np.uint16 else images
-    return {"images": torch.from_numpy(images), "labels": torch.tensor([row["label"] for row in rows])}
+class TrainingRows:
+    """Rows of a data set by whole batches, taken from the memory-mapped Arrow table without the columns that training does not need.
+
+    A batch has `images` `(B, C, H, W)` in the source's integers, `labels` `(B,)` class indices or `(B, K)` findings of 0 and 1,
+    and, where there are any, `ranges` `(B, C, 2)` and `prompts` `(B,)`, each row's number from `prompts` `(N,)`.
+    """
+
+    def __init__(self, dataset: Any, prompts: np.ndarray | None = None) -> None:
+        wanted = [name for name in ("image", "label", "labels", "intensity_range") if name in dataset.column_names]
+        self.table, self.prompts = dataset.select_columns(wanted).with_format("arrow"), prompts
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        rows = self.table[indices]
+        labels = rows["label"].to_numpy() if "label" in rows.column_names else _findings(rows["labels"])
+        batch = {"images": _images(rows["image"]), "labels": labels}
+        if "intensity_range" in rows.column_names:
+            batch["ranges"] = _ranges(rows["intensity_range"])
+        if self.prompts is not None:
+            batch["prompts"] = self.prompts[indices]
+        return {name: torch.from_numpy(np.require(values, requirements="W")) for name, values in batch.items()}
 
 
-def training_loader(dataset: Any, order: TrainingOrder, num_workers: int) -> DataLoader:
-    """Endless loader of `collate`d batches in the given order."""
-    return DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=num_workers, persistent_workers=num_workers > 0)
+def _images(stored: Any) -> np.ndarray:
+    """Arrow structs of bytes, shape and dtype -> `(B, C, H, W)`; uint16, which torch hardly knows, as int32."""
+    from pyarrow.compute import struct_field
+
+    contents, shapes, dtypes = (struct_field(stored, name) for name in ("bytes", "shape", "dtype"))
+    planes = [
+        np.frombuffer(content.as_buffer(), dtype).reshape(shape)
+        for content, shape, dtype in zip(contents, shapes.to_pylist(), dtypes.to_pylist(), strict=True)
+    ]
+    images = np.stack(planes)
+    return images.astype(np.int32) if images.dtype == np.uint16 else images
+
+
+def _findings(labels: Any) -> np.ndarray:
+    """Arrow lists of 0 and 1 -> `(B, K)`."""
+    return np.asarray(labels.to_pylist(), np.int64)
+
+
+def _ranges(ranges: Any) -> np.ndarray:
+    """Arrow lists of (low, high) -> `(B, C, 2)`."""
+    return np.asarray(ranges.to_pylist(), np.float32)
+
+
+def training_loader(rows: TrainingRows, order: Iterable[list[int]], num_workers: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The rows' batches in the given order; each of `num_workers` threads reads up to two batches ahead.
+
+    Threads are enough, because reading is copying from mapped memory, and they spare each batch the way between two processes.
+    """
+    if num_workers == 0:
+        yield from map(rows.__getitem__, order)
+        return
+    with ThreadPoolExecutor(num_workers) as pool:
+        ahead: deque[Future[dict[str, torch.Tensor]]] = deque()
+        for indices in order:
+            ahead.append(pool.submit(rows.__getitem__, indices))
+            if len(ahead) > 2 * num_workers:
+                yield ahead.popleft().result()
+        for batch in ahead:
+            yield batch.result()

@@ -19,16 +19,27 @@ from PIL import Image
 
 from medsd.data.dataset import DataInfo
 from medsd.data.files import pixels_of
-from medsd.data.intensity import Range
+from medsd.data.geometry import fit_square
+from medsd.data.intensity import Range, label_channels
 from medsd.data.prompts import class_words
-from medsd.data.transforms import fit_square, to_unit
+from medsd.data.transforms import to_unit
 from medsd.errors import InputError
 from medsd.inference import folder as folders
 from medsd.inference.folder import PipelineInfo
 from medsd.inference.likelihood import Calibration, fit_calibration, make_plan, posterior, score_classes
 from medsd.inference.pictures import picture
 from medsd.models.codec import Codec, KLCodec, PixelCodec, build_codec, load_vae
-from medsd.models.conditioning import add_class_tokens, build_text_encoder, build_tokenizer, encode, set_embeddings, tokenize
+from medsd.models.conditioning import (
+    add_class_tokens,
+    build_text_encoder,
+    build_tokenizer,
+    encode,
+    longest,
+    plain_words,
+    replace_tokens,
+    set_embeddings,
+    tokenize,
+)
 from medsd.models.lora import lora_layers
 from medsd.models.presets import PRESETS
 from medsd.models.unet import build_unet, check_side
@@ -245,6 +256,7 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         batch_size: int = 64,
         seed: int = 0,
         progress: Callable[[int], None] = lambda rows: None,
+        ranges: np.ndarray | None = None,
     ) -> ClassifyOutput:
         """Class probabilities of images by the Diffusion Classifier (Li et al., ICCV 2023).
 
@@ -253,14 +265,20 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
             prompts: one per class, instead of the pipeline's own classes.
             mode, weighting, max_pairs, delta, batch_size, seed, progress: see `medsd.inference.likelihood`.
             prior: class prior `(K,)`; default uniform.
+            ranges: see `encode_images`.
 
-        Raises InputError for fewer than two classes or images that do not fit.
+        Raises InputError for fewer than two classes, for findings that can hold together, or images that do not fit.
         """
+        if prompts is None and self.data.multi_label:
+            raise InputError(
+                "several findings can hold in one image, and such sets are not scored yet: give prompts=[...] that exclude "
+                "each other, or generate images by finding"
+            )
         names, prompts = (self.class_names, self.data.prompts) if prompts is None else (list(prompts), list(prompts))
         if len(prompts) < 2:
             raise InputError(f"{len(prompts)} classes: classification needs two or more; give prompts=[...]")
         calibration = self.info.calibration if names == self.class_names and weighting == "uniform" else None
-        latents = self.encode_images(images)
+        latents = self.encode_images(images, ranges)
         plan = make_plan(self.noise_schedule, max_pairs, tuple(latents.shape[1:]), weighting, seed)
         conditions = self.encode_prompts(prompts)
         scores = score_classes(
@@ -282,17 +300,18 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         batch_size: int = 64,
         seed: int = 0,
         progress: Callable[[int], None] = lambda rows: None,
+        ranges: np.ndarray | None = None,
     ) -> Calibration:
         """Fit temperature and class bias on labelled held-out images, with all pairs and uniform weights.
 
-        They are kept in `medsd.json` and used by `classify`. `labels` are class names or indices. Raises InputError for an
-        unknown class and for a class without an image.
+        They are kept in `medsd.json` and used by `classify`. `labels` are class names or indices, `ranges` as in
+        `encode_images`. Raises InputError for an unknown class and for a class without an image.
         """
         indices = np.array([self._class_index(label) for label in labels])
         missing = sorted(set(range(len(self.class_names))) - set(indices.tolist()))
         if missing:
             raise InputError(f"no image of {self.class_names[missing[0]]} to calibrate on: add some, or do without calibration")
-        output = self.classify(images, mode="full", max_pairs=max_pairs, batch_size=batch_size, seed=seed, progress=progress)
+        output = self.classify(images, mode="full", max_pairs=max_pairs, batch_size=batch_size, seed=seed, progress=progress, ranges=ranges)
         calibration = fit_calibration(output.log_likelihoods, indices)
         self.info = replace(self.info, calibration=calibration)
         return calibration
@@ -305,42 +324,60 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         raise InputError(f'unknown class "{label}"; this pipeline knows {", ".join(self.class_names) or "none"}')
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[np.ndarray | Image.Image]) -> torch.Tensor:
-        """Latents `(N, c, h, w)` of images in the source's unit, brought to the model's resolution."""
+    def encode_images(self, images: Sequence[np.ndarray | Image.Image], ranges: np.ndarray | None = None) -> torch.Tensor:
+        """Latents `(N, c, h, w)` of images in the source's unit, brought to the model's resolution.
+
+        `ranges` `(N, C, 2)`, low and high of each channel, are for an intensity map that is recorded per image; without them
+        each image is measured.
+        """
         if not len(images):
             raise InputError("no image to encode")
-        fitted = [self._fit(image) for image in images]
+        if ranges is not None and len(ranges) != len(images):
+            raise InputError(f"{len(ranges)} ranges for {len(images)} images: one per image is expected")
+        fitted, device = [self._fit(image) for image in images], self._execution_device
         latents = []
         for start in range(0, len(fitted), ENCODE_BATCH):
-            batch = torch.from_numpy(np.stack(fitted[start : start + ENCODE_BATCH]).astype(np.float32))
-            latents.append(self.codec.encode(to_unit(batch.to(self._execution_device), self.data.intensity_map)))
+            part = slice(start, start + ENCODE_BATCH)
+            batch = torch.from_numpy(np.stack(fitted[part]).astype(np.float32)).to(device)
+            own = None if ranges is None else torch.as_tensor(ranges[part], dtype=torch.float32, device=device)
+            latents.append(self.codec.encode(to_unit(batch, self.data.intensity_map, own)))
         return torch.cat(latents)
 
     def _fit(self, image: np.ndarray | Image.Image) -> np.ndarray:
         pixels = pixels_of(image) if isinstance(image, Image.Image) else np.asarray(image)
-        expected = self.data.image_channels
+        expected, data = self.data.image_channels, self.data
         if pixels.ndim != 3:
             raise InputError(f"an image of shape {pixels.shape}; (channels, height, width) is expected, as medsd.read_image gives")
         if len(pixels) == 1 and expected == 3:
             pixels = pixels.repeat(3, 0)
         if len(pixels) != expected:
             raise InputError(f"an image of {len(pixels)} channels; this pipeline was trained on images of {expected}")
-        return fit_square(pixels, self.data.resolution, self.data.resize)[0]
+        grey = expected - label_channels(data.intensity_map, expected)
+        parts = [(pixels[:grey], False), (pixels[grey:], True)]
+        return np.concatenate([fit_square(part, data.resolution, data.resize, nearest)[0] for part, nearest in parts if len(part)])
 
     # Folders
 
     @classmethod
     def from_preset(
-        cls, name: str, data: DataInfo, vae: Any = None, pixel_factor: int = 4, pixel_mean: float = 0.0, pixel_std: float = 1.0
+        cls,
+        name: str,
+        data: DataInfo,
+        vae: Any = None,
+        pixel_factor: int = 4,
+        pixel_mean: float = 0.0,
+        pixel_std: float = 1.0,
+        prompts: Sequence[str] = (),
     ) -> "MedSDPipeline":
         """A model with random weights for `data`, in the latents of `vae` or in pixels.
 
-        `pixel_mean` and `pixel_std` are those of the images in `[-1, 1]`.
+        `pixel_mean` and `pixel_std` are those of the images in `[-1, 1]`. The tokenizer knows the words of the class prompts and
+        of `prompts`, and the text encoder reads the longest of them.
         """
         preset = PRESETS[name]
         codec = PixelCodec(data.channels, pixel_factor, pixel_mean, pixel_std) if vae is None else KLCodec(vae, data.channels)
         codec.check_side(data.resolution)
-        tokenizer = build_tokenizer(data.with_words().prompts, preset.text_tokens)
+        tokenizer = _preset_tokenizer(data, [prompt for prompt in prompts if prompt not in data.prompts], preset.text_tokens)
         pipe = cls(
             vae=vae,
             text_encoder=build_text_encoder(preset, tokenizer),
@@ -426,3 +463,12 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         if self.info.base is not None and self.info.base.sha256 is not None:
             raise InputError(f"these LoRA adapters belong to the local folder {self.info.base.name}: call merge_lora() before pushing")
         return folders.push(self.save_pretrained, repo_id, private, revision, **options)
+
+
+def _preset_tokenizer(data: DataInfo, others: Sequence[str], max_tokens: int) -> Any:
+    """A tokenizer for the class prompts and `others`, of `max_tokens` or as many as the longest of them needs."""
+    words = dict(zip(data.class_tokens, data.class_names, strict=True)) if data.class_tokens else {}
+    known = plain_words([replace_tokens(prompt, words) for prompt in others])
+    tokenizer = build_tokenizer([*data.with_words().prompts, *known], max_tokens)
+    tokenizer.model_max_length = max(max_tokens, longest(tokenizer, [*data.prompts, *others], data.class_tokens))
+    return tokenizer

@@ -1,6 +1,7 @@
 """Prompts -> condition `(B, tokens, dim)`; class tokens added to a tokenizer and a text encoder."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenize
 from medsd.errors import InputError
 from medsd.models.presets import Preset
 
+WHOLE_TABLE = 32
+"""So many prompts are all encoded, whichever of them a batch needs; of more, those of the batch."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -26,6 +29,24 @@ def build_tokenizer(texts: Sequence[str], max_tokens: int) -> CLIPTokenizer:
             vocabulary["".join(pieces[:length])] = None
     tokens = [*vocabulary, START, END]
     return CLIPTokenizer({token: index for index, token in enumerate(tokens)}, list(merges), model_max_length=max_tokens)
+
+
+def plain_words(texts: Sequence[str]) -> list[str]:
+    """The different words of `texts` without digits and punctuation, which CLIP's tokenizer splits off words."""
+    return sorted({word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower())})
+
+
+def replace_tokens(prompt: str, words: Mapping[str, str]) -> str:
+    """The prompt with a word (or words) in place of each token of `words`."""
+    for token, word in words.items():
+        prompt = prompt.replace(token, word)
+    return prompt
+
+
+def longest(tokenizer: CLIPTokenizer, prompts: Sequence[str], tokens: Sequence[str]) -> int:
+    """Tokens of the longest prompt, start and end included, once each of `tokens` is one token."""
+    single = [replace_tokens(prompt, dict.fromkeys(tokens, "x")) for prompt in prompts]
+    return max(len(ids) for ids in tokenizer(["", *single]).input_ids)
 
 
 def build_text_encoder(preset: Preset, tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -69,7 +90,8 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> torch.Tensor:
     ids, most = tokenizer(list(prompts), padding="max_length", truncation=False).input_ids, tokenizer.model_max_length
     for prompt, row in zip(prompts, ids, strict=True):
         if len(row) > most:
-            raise InputError(f'the prompt "{prompt}" is {len(row)} tokens long, the text encoder reads {most}: shorten --prompt_template')
+            shorter = "shorten --prompt_template, or name less in --prompt_metadata"
+            raise InputError(f'the prompt "{prompt}" is {len(row)} tokens long, the text encoder reads {most}: {shorter}')
     return torch.tensor(ids)
 
 
@@ -78,10 +100,21 @@ def encode(text_encoder: Any, ids: torch.Tensor) -> torch.Tensor:
     return text_encoder(ids)[0]
 
 
-def drop_prompts(labels: torch.Tensor, empty: int, proportion: float, generator: torch.Generator) -> torch.Tensor:
-    """Prompt number `(B,)` of each label, `proportion` of them replaced by the `empty` one (Ho & Salimans, 2022)."""
-    dropped = torch.rand(labels.shape, generator=generator, device=labels.device) < proportion
-    return torch.where(dropped, empty, labels.clamp(max=empty))
+def encode_chosen(text_encoder: Any, table: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Condition `(B, tokens, dim)` of the prompts `chosen` `(B,)` from a table of token ids `(P, tokens)`.
+
+    Where the table is long, only the prompts that occur are encoded, each once.
+    """
+    if len(table) <= max(WHOLE_TABLE, len(chosen)):
+        return encode(text_encoder, table)[chosen]
+    occurring, place = chosen.unique(return_inverse=True)
+    return encode(text_encoder, table[occurring])[place]
+
+
+def drop_prompts(prompts: torch.Tensor, empty: int, proportion: float, generator: torch.Generator) -> torch.Tensor:
+    """Prompt numbers `(B,)`, `proportion` of them replaced by the `empty` one (Ho & Salimans, 2022)."""
+    dropped = torch.rand(prompts.shape, generator=generator, device=prompts.device) < proportion
+    return torch.where(dropped, empty, prompts)
 
 
 def train_only_tokens(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, tokens: Sequence[str]) -> bool:

@@ -5,11 +5,14 @@ import torch
 from PIL import Image
 
 from medsd.data.dataset import available_splits, load_dataset
+from medsd.data.transforms import recorded_ranges, row_classes
 from medsd.evaluation.classification import classification_metrics
 from medsd.inference.likelihood import make_plan
 from medsd.inference.pictures import grid
 from medsd.inference.pipeline import MedSDPipeline
+from medsd.models.conditioning import encode, tokenize
 from medsd.objectives.diffusion import denoising_error
+from medsd.training.prompts import row_prompts
 
 PREVIEW_STEPS = 20
 PREVIEW_GUIDANCE = 2.0
@@ -17,15 +20,21 @@ QUICK_PAIRS = 8
 
 
 class HeldOut:
-    """A fixed, class-balanced handful of validation images; nothing to say where the data has no validation split."""
+    """A fixed, class-balanced handful of validation images; nothing to say where the data has no validation split.
+
+    Raises InputError for a prompt that the text encoder cannot read.
+    """
 
     def __init__(self, pipe: MedSDPipeline, dataset_name: str, limit: int = 96, seed: int = 0) -> None:
         self.pipe, self.seed = pipe, seed
         self.images: list[np.ndarray] = []
         if "validation" in available_splits(dataset_name):
             rows = load_dataset(dataset_name, "validation")
-            rows = rows.select(_balanced(np.asarray(rows["label"]), limit, seed))
-            self.labels, self.images, self.patients = np.asarray(rows["label"]), list(rows["image"]), list(rows["patient_id"])
+            rows = rows.select(_balanced(row_classes(rows), limit, seed))
+            self.labels, self.ranges, table = row_classes(rows), recorded_ranges(rows), row_prompts(rows, pipe.data)
+            self.images, self.patients = list(rows["image"]), list(rows["patient_id"])
+            occurring, self.prompts = np.unique(table.numbers, return_inverse=True)
+            self.prompt_ids = tokenize(pipe.tokenizer, [table.prompts[number] for number in occurring])
 
     def numbers(self) -> dict[str, float]:
         """`validation_loss` and `validation_auroc`, each where it has a meaning."""
@@ -37,18 +46,17 @@ class HeldOut:
     @torch.no_grad()
     def loss(self) -> float:
         """Mean denoising error with each image's own prompt, at the same pairs every time."""
-        latents = self.pipe.encode_images(self.images)
-        conditions = self.pipe.encode_prompts(self.pipe.data.prompts or [""])
-        conditions = conditions[torch.from_numpy(self.labels).to(conditions.device) if self.pipe.class_names else [0] * len(latents)]
+        latents = self.pipe.encode_images(self.images, self.ranges)
+        conditions = encode(self.pipe.text_encoder, self.prompt_ids.to(latents.device))[torch.from_numpy(self.prompts).to(latents.device)]
         plan = make_plan(self.pipe.noise_schedule, len(latents), tuple(latents.shape[1:]), seed=self.seed)
         timesteps, noise = plan.timesteps.to(latents.device), plan.noise.to(latents.device)
         return denoising_error(self.pipe.unet, self.pipe.noise_schedule, latents, noise, timesteps, conditions).mean().item()
 
     def auroc(self) -> float | None:
-        """Macro AUROC from few pairs; None where it has no meaning."""
-        if len(self.pipe.class_names) < 2 or len(set(self.labels)) < 2:
+        """Macro AUROC from few pairs; None where it has no meaning: one class, or findings that can hold together."""
+        if self.pipe.data.multi_label or len(self.pipe.class_names) < 2 or len(set(self.labels)) < 2:
             return None
-        output = self.pipe.classify(self.images, mode="full", max_pairs=QUICK_PAIRS, seed=self.seed)
+        output = self.pipe.classify(self.images, mode="full", max_pairs=QUICK_PAIRS, seed=self.seed, ranges=self.ranges)
         return classification_metrics(output.probabilities, self.labels, self.pipe.class_names, self.patients, resamples=1)["auroc"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medsd.data.transforms import TrainingOrder, training_loader
+from medsd.data.transforms import TrainingOrder, TrainingRows, row_classes, training_loader
 from medsd.errors import InputError
 from medsd.runtime import use_all_cores
 from medsd.training.checkpoint import TrainState, trained_parameters
@@ -61,19 +61,25 @@ def start(
 
 
 def batches(
-    accelerator: Any, rows: Any, batch_size: int, class_sampling: str, seed: int, updates_done: int, num_workers: int
+    accelerator: Any,
+    dataset: Any,
+    batch_size: int,
+    class_sampling: str,
+    seed: int,
+    updates_done: int,
+    num_workers: int,
+    prompts: np.ndarray | None = None,
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Generator]]:
-    """Endless (batch, generator of its random numbers); both depend on (seed, number of the micro-batch, process) alone."""
-    first = updates_done * accelerator.gradient_accumulation_steps
-    order = TrainingOrder(rows["label"], batch_size, class_sampling, seed, first, accelerator.process_index, accelerator.num_processes)
+    """Endless (batch of `TrainingRows`, generator of its random numbers); both depend on (seed, number of the micro-batch, process) alone.
+
+    `prompts` `(N,)` is the number of each row's prompt.
+    """
+    first, rows = updates_done * accelerator.gradient_accumulation_steps, TrainingRows(dataset, prompts)
+    classes = row_classes(dataset)
+    order = TrainingOrder(classes, batch_size, class_sampling, seed, first, accelerator.process_index, accelerator.num_processes)
     for number, batch in enumerate(training_loader(rows, order, num_workers), start=first):
         on_device = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
         yield on_device, draws(seed, number, accelerator.process_index, accelerator.device)
-
-
-def due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens `every` so many updates (0: never), and after the last one, happens now."""
-    return every > 0 and (step % every == 0 or step == last)
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], learning_rate: float, use_8bit: bool) -> torch.optim.Optimizer:

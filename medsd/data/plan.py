@@ -1,0 +1,361 @@
+"""What only the whole collection can tell: patients, splits, duplicates, classes, intensity map and prompts.
+
+Everything here is computed from `Staging.table`, without a pixel but for the thumbnails of suspected duplicates.
+"""
+
+import hashlib
+import hmac
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medsd.data.dataset import DataInfo
+from medsd.data.decode import QUANTILES, DecodeOptions
+from medsd.data.intensity import PERCENTILES, IntensityMap, Labels, Range, Recorded, Stack, parse_windows
+from medsd.data.metadata import FACT_COLUMNS, Facts, slice_position
+from medsd.data.prompts import NO_FINDING, class_prompts, class_tokens, prompt_of
+from medsd.data.rows import Row
+from medsd.data.splits import SPLITS, check_patient_overlap, split_patients
+from medsd.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+XRAY = frozenset({"CR", "DX", "MG", "RG", "RF", "XA", "PX", "IO"})
+MOST_MASK_LABELS = 64
+DEFAULT_TEMPLATE = "a medical image of {label}"
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How rows become a data set; fields as in `medsd.config.PrepareDataConfig`."""
+
+    resolution: int
+    resize: str = "pad"
+    axis: str = "axial"
+    slices: str = "content"
+    mask_channel: bool = False
+    """Whether the mask is stacked behind the image's channels."""
+    mask_classes: tuple[str, str] | None = None
+    """Classes of slices without and with something in the mask, for rows without a label."""
+    intensity: IntensityMap | None = None
+    """None: CT windows, percentiles per volume (MRI), the VOI window (X-ray), 8 bits, or the full range of the training images."""
+    prompt_template: str | None = None
+    prompt_metadata: tuple[str, ...] = ()
+    class_names: tuple[str, ...] | None = None
+    multi_label: bool = False
+    split_fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    duplicates: str = "refuse"
+    max_quarantine: float = 0.05
+    num_workers: int = 2
+    seed: int = 0
+    seconds_per_file: float = 60.0
+    """A file that takes longer is refused."""
+    worker_memory: int = 4 * 2**30
+    """Bytes that decoding one file may take."""
+
+    @property
+    def decode(self) -> DecodeOptions:
+        """What the workers need of it."""
+        return DecodeOptions(self.resolution, self.resize, self.axis, self.slices, self.mask_channel, self.mask_classes)
+
+    @property
+    def template(self) -> str:
+        """The sentence around a class."""
+        return self.prompt_template or DEFAULT_TEMPLATE
+
+
+@dataclass
+class Plan:
+    """One entry per image in every list; `table` holds the rest of what is known of each."""
+
+    table: "pyarrow.Table"
+    rows: list[Row]
+    keys: list[str]
+    findings: list[tuple[str, ...]]
+    patients: list[str]
+    """Salted hashes of `source_patients`, which came by `rules`."""
+    source_patients: list[str]
+    rules: list[str]
+    splits: list[str] = field(default_factory=list)
+
+    def keep(self, wanted: Sequence[int]) -> "Plan":
+        """The plan of some images."""
+        lists = {
+            name: [getattr(self, name)[index] for index in wanted]
+            for name in ("rows", "keys", "findings", "patients", "source_patients", "rules", "splits")
+        }
+        return Plan(table=self.table.take(list(wanted)), **lists)
+
+    def column(self, name: str) -> list[Any]:
+        """A column of the table as Python values."""
+        return self.table[name].to_pylist()
+
+    def names(self) -> list[str]:
+        """How each image is called at the terminal and in the private folder."""
+        return [_name(row, frame) for row, frame in zip(self.rows, self.column("frame"), strict=True)]
+
+
+def salted(salt: bytes, text: str) -> str:
+    """The hash that stands for an id."""
+    return hmac.new(salt, text.encode(), hashlib.sha256).hexdigest()[:16]
+
+
+def make_plan(table: "pyarrow.Table", all_rows: Sequence[Row], salt: bytes) -> Plan:
+    """Keys, findings and patients of all images."""
+    rows = [all_rows[number] for number in table["row"].to_pylist()]
+    frames = table["frame"].to_pylist()
+    staged = [tuple(found) for found in table["findings"].to_pylist()]
+    known = list(zip(rows, *(table[name].to_pylist() for name in ("patient", "study", "series")), strict=True))
+    rules, sources = zip(*(_patient(*ids) for ids in known), strict=True) if known else ((), ())
+    hashed = {source: salted(salt, source) for source in set(sources)}
+    return Plan(
+        table=table,
+        rows=rows,
+        keys=[salted(salt, _name(row, frame)) for row, frame in zip(rows, frames, strict=True)],
+        findings=[row.findings or found for row, found in zip(rows, staged, strict=True)],
+        patients=[hashed[source] for source in sources],
+        source_patients=list(sources),
+        rules=list(rules),
+    )
+
+
+def _patient(row: Row, patient: str | None, study: str | None, series: str | None) -> tuple[str, str]:
+    """The first rule that knows a patient, and its id."""
+    known = {"patient column": row.patient, "PatientID": patient, "StudyInstanceUID": study, "SeriesInstanceUID": series, "file": row.name}
+    return next((rule, value) for rule, value in known.items() if value)
+
+
+def _name(row: Row, frame: int | None) -> str:
+    return f"{row.name}#{frame}" if frame else row.name
+
+
+def assign_splits(plan: Plan, options: PrepareOptions) -> None:
+    """Given splits stay; rows without one are divided, by patient, among the splits that nobody was given."""
+    given = [row.split for row in plan.rows]
+    free = [split for split in SPLITS if split not in given]
+    open_rows = [index for index, split in enumerate(given) if split is None]
+    if open_rows and not free:
+        raise InputError(f"{len(open_rows)} images have no split beside {', '.join(SPLITS)}: fill the split column")
+    plan.splits = list(given)
+    if open_rows:
+        shares = [fraction if split in free else 0.0 for split, fraction in zip(SPLITS, options.split_fractions, strict=True)]
+        if len(free) == len(SPLITS):
+            scaled = list(options.split_fractions)
+        elif sum(shares) > 0:
+            scaled = [share / sum(shares) for share in shares]
+        else:
+            raise InputError(f"--split_fractions leaves nothing for {', '.join(free)}, which {len(open_rows)} images without a split need")
+        labels = _stratum(plan)[open_rows]
+        for index, split in zip(
+            open_rows, split_patients([plan.patients[i] for i in open_rows], labels, scaled, options.seed), strict=True
+        ):
+            plan.splits[index] = split
+    check_patient_overlap(plan.patients, plan.splits)
+
+
+def _stratum(plan: Plan) -> np.ndarray:
+    """Labels `(N,)` where each image has one, else findings `(N, F)`."""
+    names = sorted({name for found in plan.findings for name in found})
+    order = {name: index for index, name in enumerate(names)}
+    if all(len(found) == 1 for found in plan.findings):
+        return np.array([order[found[0]] for found in plan.findings])
+    flags = np.zeros((len(plan.findings), max(1, len(names))), int)
+    for index, found in enumerate(plan.findings):
+        flags[index, [order[name] for name in found]] = 1
+    return flags
+
+
+def describe(plan: Plan, options: PrepareOptions, salt: bytes) -> DataInfo:
+    """`medsd.json` of the data set."""
+    class_names = _class_names(plan, options)
+    tokens = class_tokens(class_names)
+    image_channels = _channels(plan)
+    is_ct = set(plan.column("modality")) == {"CT"}
+    intensity = _intensity(plan, options, is_ct, image_channels)
+    intensity.channels(image_channels)
+    fingerprints = plan.column("fingerprint")
+    content = sorted(
+        f"{key} {'+'.join(found)} {split} {pixels}"
+        for key, found, split, pixels in zip(plan.keys, plan.findings, plan.splits, fingerprints, strict=True)
+    )
+    return DataInfo(
+        class_names=class_names,
+        prompts=class_prompts(tokens, options.template),
+        class_tokens=tokens,
+        intensity=intensity.to_dict(),
+        resolution=options.resolution,
+        resize=options.resize,
+        image_channels=image_channels,
+        unit="HU" if is_ct else "grey value",
+        fingerprint=hashlib.sha256("\n".join(content).encode()).hexdigest(),
+        multi_label=options.multi_label,
+    )
+
+
+def _class_names(plan: Plan, options: PrepareOptions) -> list[str]:
+    """In the wanted order; a class of one label an image that no image has is left out."""
+    found = {name for names in plan.findings for name in names}
+    unknown = sorted(found - set(options.class_names or found))
+    if unknown:
+        raise InputError(f"class {unknown[0]} is in the labels and not in --class_names: add it, or drop its images")
+    if not options.multi_label and not all(plan.findings):
+        raise InputError("some images have no label: give them one, or add --multi_label if none of the findings may hold")
+    chosen = [name for name in options.class_names or sorted(found) if name in found or options.multi_label]
+    if not chosen:
+        raise InputError("no image has a label: name the column with --label_column")
+    return chosen
+
+
+def _channels(plan: Plan) -> int:
+    counts = set(plan.column("channels"))
+    if len(counts) > 1 and counts != {1, 3}:
+        raise InputError(f"images have different numbers of channels ({', '.join(map(str, sorted(counts)))}); prepare each kind on its own")
+    return max(counts)
+
+
+def _intensity(plan: Plan, options: PrepareOptions, is_ct: bool, channels: int) -> IntensityMap:
+    if not options.mask_channel:
+        return options.intensity or _default_intensity(plan, is_ct, channels)
+    labels = sorted({value for found in plan.column("mask_labels") for value in found} | {0.0})
+    if len(labels) > MOST_MASK_LABELS:
+        raise InputError(f"the masks hold {len(labels)} values; labels, at most {MOST_MASK_LABELS}, are expected")
+    images = options.intensity or _default_intensity(plan, is_ct, channels - 1)
+    return Stack(((images, channels - 1), (Labels(tuple(labels)), 1)))
+
+
+def _default_intensity(plan: Plan, is_ct: bool, channels: int) -> IntensityMap:
+    """CT windows, percentiles per volume (MRI), the VOI window (X-ray), 8 bits, or the full range of the training images."""
+    ranges = image_ranges(plan)
+    modalities = set(plan.column("modality"))
+    if is_ct:
+        return parse_windows(("brain", "subdural", "bone"))
+    if all(ranges) and (modalities <= {"MR", None} or modalities <= XRAY):
+        train = [found for found, split in zip(ranges, plan.splits, strict=True) if split == "train"] or ranges
+        nominal = np.median(np.array(train)[:, : 2 * channels].reshape(-1, channels, 2), axis=0)
+        return Recorded("voi" if modalities <= XRAY else "percentiles", tuple(tuple(pair) for pair in nominal.tolist()))
+    if set(plan.column("dtype")) == {"uint8"}:
+        return Range(0.0, 255.0)
+    ends = zip(plan.column("low"), plan.column("high"), plan.splits, strict=True)
+    train = [(low, high) for low, high, split in ends if split == "train"] or list(
+        zip(plan.column("low"), plan.column("high"), strict=True)
+    )
+    low, high = min(low for low, _ in train), max(high for _, high in train)
+    if low == high:
+        raise InputError(f"every pixel of the training images is {low}: nothing to learn from")
+    return Range(low, high)
+
+
+def image_ranges(plan: Plan) -> list[list[float] | None]:
+    """low, high of each channel of every image: of its volume or series (MRI), or its VOI window (X-ray); None where unknown."""
+    series = _series_ranges(plan)
+    columns = zip(plan.column("ranges"), plan.column("voi"), plan.column("modality"), plan.column("series"), strict=True)
+    return [found or (list(voi) if voi and modality in XRAY else series.get(name)) for found, voi, modality, name in columns]
+
+
+def _series_ranges(plan: Plan) -> dict[str | None, list[float]]:
+    """Percentiles of each MR series, from the quantiles of its slices: the mean of their distribution functions, inverted."""
+    slices: dict[str | None, list[list[float]]] = {}
+    for name, quantiles in zip(plan.column("series"), plan.column("quantiles"), strict=True):
+        if quantiles:
+            slices.setdefault(name, []).append(quantiles)
+    wanted = np.array(PERCENTILES) / 100
+    ranges = {}
+    for name, found in slices.items():
+        values = np.unique(found)
+        share = np.mean([np.interp(values, quantiles, QUANTILES) for quantiles in found], axis=0)
+        ranges[name] = np.interp(wanted, share, values).tolist()
+    return ranges
+
+
+def final_columns(plan: Plan, info: DataInfo, options: PrepareOptions, salt: bytes) -> dict[str, list[Any]]:
+    """The columns of the data set but its pixels, and where those are."""
+    facts = _facts(plan)
+    tokens = dict(zip(info.class_names, info.class_tokens, strict=True))
+    order = {name: index for index, name in enumerate(info.class_names)}
+    heights = slice_heights(plan)
+    said = [_said(fact, height, options.prompt_metadata) for fact, height in zip(facts, heights, strict=True)]
+    instance, frames = plan.column("instance_number"), plan.column("frame")
+    series = zip(plan.column("series"), plan.source_patients, strict=True)
+    columns = {
+        "block": plan.column("block"),
+        "place": plan.column("place"),
+        "key": plan.keys,
+        "prompt": [
+            prompt_of([tokens[name] for name in found], options.template, words) for found, words in zip(plan.findings, said, strict=True)
+        ],
+        "patient_id": plan.patients,
+        "series_id": [salted(salt, name or patient) for name, patient in series],
+        "slice_index": [
+            number if number is not None else (row.index if row.index is not None else frame)
+            for number, row, frame in zip(instance, plan.rows, frames, strict=True)
+        ],
+        "pixel_spacing": plan.column("spacing"),
+        **{name: [getattr(fact, name) for fact in facts] for name in FACT_COLUMNS},
+    }
+    if info.multi_label:
+        columns["labels"] = [[int(name in found) for name in info.class_names] for found in plan.findings]
+    else:
+        columns["label"] = [order[found[0]] for found in plan.findings]
+    if is_recorded(info.intensity):
+        columns["intensity_range"] = [_with_mask(found, info.image_channels) for found in image_ranges(plan)]
+    return columns
+
+
+def is_recorded(intensity: dict[str, Any]) -> bool:
+    """Whether an intensity map's JSON form says that ranges are recorded per image."""
+    return "'recorded'" in repr(intensity)
+
+
+def _with_mask(ranges: list[float], channels: int) -> list[list[float]]:
+    """`(C, 2)`, with a range of no meaning for a mask channel."""
+    pairs = np.array(ranges).reshape(-1, 2).tolist()
+    return pairs + [[0.0, 1.0]] * (channels - len(pairs))
+
+
+def _facts(plan: Plan) -> list[Facts]:
+    """What is known of each image: by the collection's table, else by its header."""
+    columns = zip(*(plan.column(name) for name in FACT_COLUMNS), strict=True)
+    return [row.facts.or_else(Facts(*values)) for row, values in zip(plan.rows, columns, strict=True)]
+
+
+def _said(facts: Facts, height: float | None, wanted: tuple[str, ...]) -> dict[str, str | None]:
+    position = slice_position(height) if height is not None else None
+    return {name: position if name == "slice_position" else getattr(facts, name) for name in wanted}
+
+
+def slice_heights(plan: Plan) -> list[float | None]:
+    """Place of each image in its axial volume or DICOM series, from 0 (lowest) to 1; None where that is not known."""
+    heights, series, positions = plan.column("height"), plan.column("series"), plan.column("position")
+    members: dict[str, list[int]] = {}
+    for index, (name, position) in enumerate(zip(series, positions, strict=True)):
+        if name is not None and position is not None:
+            members.setdefault(name, []).append(index)
+    for indices in members.values():
+        if len(indices) < 3:
+            continue
+        for rank, index in enumerate(sorted(indices, key=lambda index: positions[index])):
+            heights[index] = rank / (len(indices) - 1)
+    return heights
+
+
+def summarise(plan: Plan, info: DataInfo) -> dict[str, Any]:
+    """Counts of images, patients and classes per split, and how patients were known."""
+    images = Counter(plan.splits)
+    patients = {split: {p for p, s in zip(plan.patients, plan.splits, strict=True) if s == split} for split in SPLITS}
+    classes = {split: Counter() for split in SPLITS}
+    for found, split in zip(plan.findings, plan.splits, strict=True):
+        classes[split].update(found or [NO_FINDING])
+    shown = [*info.class_names, *([NO_FINDING] if info.multi_label else [])]
+    return {
+        "images": {split: images[split] for split in SPLITS},
+        "patients": {split: len(patients[split]) for split in SPLITS},
+        "classes": {split: {name: classes[split][name] for name in shown} for split in SPLITS},
+        "patient_rule": dict(Counter(plan.rules)),
+        "longest_side": max(plan.column("side")),
+        "burned_in_text_possible": sum(plan.column("burned_in")),
+        "fingerprint": info.fingerprint,
+    }

@@ -1,0 +1,105 @@
+"""Blocks of decoded images -> the Parquet shards of a data set, with previews; and a sheet of them to look at."""
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medsd.data.dataset import pack, unpack
+from medsd.data.geometry import shrink
+from medsd.data.intensity import IntensityMap
+from medsd.data.staging import read_columns, settle
+
+if TYPE_CHECKING:
+    import pyarrow
+    from PIL import Image
+
+PREVIEW_SIDE = 96
+SHARD_BYTES = 2**26
+GROUP_BYTES = 2**25
+"""Bytes of pixels in a shard, and in each of its row groups."""
+SHEET_COLUMNS = 8
+
+
+def rows_per_shard(image_bytes: int) -> int:
+    """Images of `image_bytes` in one shard."""
+    return max(1, SHARD_BYTES // image_bytes)
+
+
+def write_shard(
+    path: Path,
+    folder: Path,
+    rows: "pyarrow.Table",
+    schema: "pyarrow.Schema",
+    intensity: IntensityMap,
+    channels: int,
+    announce: Callable[[int], None],
+) -> str:
+    """Write the shard of `rows`, whose pixels are at (`block`, `place`) in the blocks of `folder`; returns its sha256.
+
+    Grey images become colour where `channels` is 3.
+    """
+    import pyarrow.parquet
+
+    made = path.with_suffix(".partial")
+    with pyarrow.parquet.ParquetWriter(made, schema, compression="zstd") as writer:
+        waiting: list[dict[str, Any]] = []
+        for block, lines in groupby(rows.to_pylist(), key=lambda line: line["block"]):
+            announce(block)
+            for line, pixels in zip(lines := list(lines), _pixels(folder, block, lines, "mask" in schema.names), strict=True):
+                waiting.append(_columns(line, pixels, intensity, channels))
+                if len(waiting) * len(waiting[-1]["image"]["bytes"]) >= GROUP_BYTES:
+                    writer.write_table(pyarrow.Table.from_pylist(waiting, schema))
+                    waiting = []
+        if waiting:
+            writer.write_table(pyarrow.Table.from_pylist(waiting, schema))
+    digest = hashlib.sha256(made.read_bytes()).hexdigest()
+    settle(made, path)
+    return digest
+
+
+def _pixels(folder: Path, block: int, lines: Sequence[dict[str, Any]], with_mask: bool) -> list[dict[str, Any]]:
+    """The stored structs of some places of a block."""
+    table = read_columns(folder / f"block-{block:06d}.arrow", ["image", "mask"] if with_mask else ["image"])
+    return table.take([line["place"] for line in lines]).to_pylist()
+
+
+def _columns(line: dict[str, Any], pixels: dict[str, Any], intensity: IntensityMap, channels: int) -> dict[str, Any]:
+    image = unpack(pixels["image"])
+    if len(image) != channels:
+        image = np.broadcast_to(image, (channels, *image.shape[1:]))
+        pixels = pixels | {"image": pack(image)}
+    ranges = line.get("intensity_range")
+    preview = {"bytes": preview_of(image, intensity, np.array(ranges) if ranges else None), "path": None}
+    return {name: value for name, value in line.items() if name not in {"block", "place"}} | pixels | {"preview": preview}
+
+
+def preview_of(image: np.ndarray, intensity: IntensityMap, ranges: np.ndarray | None) -> bytes:
+    """8-bit JPEG thumbnail of the first channel in `[-1, 1]` (of all three where there are three)."""
+    from PIL import Image
+
+    scale = min(1.0, PREVIEW_SIDE / max(image.shape[1:]))
+    small = shrink(image, *(max(1, round(side * scale)) for side in image.shape[1:]))
+    unit = np.asarray(intensity.to_unit(small.astype(np.float32), ranges))
+    grey = np.rint((unit + 1) * 127.5).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(np.moveaxis(grey, 0, -1) if len(grey) == 3 else grey[0]).save(stream, "JPEG", quality=90, subsampling=0)
+    return stream.getvalue()
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[bytes]]]) -> "Image.Image":
+    """A row of previews under each caption."""
+    from PIL import Image, ImageDraw
+
+    caption, side = 16, PREVIEW_SIDE
+    sheet = Image.new("RGB", (SHEET_COLUMNS * (side + 2), max(1, len(rows)) * (side + caption + 2)), (32, 32, 32))
+    for index, (text, previews) in enumerate(rows):
+        top = index * (side + caption + 2)
+        ImageDraw.Draw(sheet).text((2, top + 2), text, fill=(255, 255, 255))
+        for column, preview in enumerate(previews):
+            sheet.paste(Image.open(io.BytesIO(preview)).convert("RGB"), (column * (side + 2), top + caption))
+    return sheet
