@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ class DataFolder:
         self._sheet(made / "data").save(made / "contact_sheet.png")
         private = self.output_dir.with_name(self.output_dir.name + ".private")
         replace_folder(self._private(private), private)
+        shutil.rmtree(staging.folder)  # Before the end, so that no kill leaves source ids behind a finished folder.
         (made / "plan").unlink()
         replace_folder(made, self.output_dir)
         return summary

@@ -9,14 +9,12 @@ under its name only when it is complete. *Key* and *patient id* are salted hashe
 import fcntl
 import os
 import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medsd.data.dataset import INFO_FILE
 from medsd.data.files import is_dicom
 from medsd.data.folder import DataFolder
 from medsd.data.intensity import Windows
@@ -48,15 +46,11 @@ def prepare(
     """
     staging_dir = output_dir.with_name(f".{output_dir.name}.staging")
     with _alone(staging_dir):
-        if (output_dir / INFO_FILE).is_file() and not overwrite:
-            shutil.rmtree(staging_dir, ignore_errors=True)
         check_output(output_dir, overwrite, [row.file for row in rows])
         volumes = any(len(row.files) > 1 or row.file.name.endswith((".nii", ".nii.gz")) for row in rows)
         staging = Staging(staging_dir, rows, options.decode, VOLUMES_PER_BLOCK if volumes else IMAGES_PER_BLOCK)
         with WorkerPool(options.num_workers, options.seconds_per_file, options.worker_memory) as pool:
-            _decode(staging, pool)
-            refused = staging.refused()
-            _check_quarantine(refused, len(rows), options.max_quarantine)
+            refused = _decode(staging, pool, options.max_quarantine)
             plan = make_plan(staging.table(), rows, salt)
             if not plan.rows:
                 raise InputError("no file could be read: nothing to prepare")
@@ -67,14 +61,13 @@ def prepare(
             summary = made.write(
                 staging, pool, {"quarantined": len(refused), "duplicates": count_kinds(hits), "duplicates_dropped": dropped}
             )
-        shutil.rmtree(staging_dir)
     return summary
 
 
 def prepare_phantom(output_dir: Path, options: PrepareOptions, source_dir: Path | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Make the procedural head CT as DICOM files in `source_dir` (default: `phantom_dicom_SEED` beside `output_dir`) and prepare them.
 
-    Its heads are alike by design and nobody's, so near duplicates are not searched for.
+    Its heads are alike by design and nobody's, so what looks alike is reported and kept.
     """
     from medsd.data import phantom
 
@@ -125,24 +118,34 @@ def _alone(staging_dir: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _decode(staging: Staging, pool: WorkerPool) -> None:
-    """Fill the blocks that are missing; a row that breaks its worker is refused and the block done again without it."""
+def _decode(staging: Staging, pool: WorkerPool, max_quarantine: float) -> list[tuple[Row, str]]:
+    """Fill the blocks that are missing; returns the rows that no image came of, and why.
+
+    A row that breaks its worker is refused and its block done again without it. Too many refused rows stop the run.
+    """
     from tqdm import tqdm
 
     missing = [block for block in staging.blocks() if not staging.finished(block)]
-    done = sum(len(staging.rows_of(block)) for block in staging.blocks()) - sum(len(staging.rows_of(block)) for block in missing)
     for block in missing:
         pool.submit(Job(write_block, (staging.path(block), staging.rows_of(block), {}, staging.options)))
+    refused = staging.refused()
+    count, done = len(refused), len(staging.rows) - sum(len(staging.rows_of(block)) for block in missing)
     with tqdm(total=len(staging.rows), initial=done, desc="reading", unit="file", smoothing=0.1) as bar:
         for outcome in pool.outcomes():
-            path, numbered, refused, decode = outcome.job.arguments
+            path, numbered, broken, decode = outcome.job.arguments
             if outcome.failure is None:
                 bar.update(len(numbered))
+                count += outcome.result
+                if count > max_quarantine * len(staging.rows):
+                    break
             elif outcome.step is None:
                 raise InputError(f"a worker {outcome.failure} before it read a file: is there memory and disk left?")
             else:
                 reason = f"{staging.rows[outcome.step].file.name}: {outcome.failure}"
-                pool.submit(Job(write_block, (path, numbered, refused | {outcome.step: reason}, decode)), first=True)
+                pool.submit(Job(write_block, (path, numbered, broken | {outcome.step: reason}, decode)), first=True)
+    refused = staging.refused()
+    _check_quarantine(refused, len(staging.rows), max_quarantine)
+    return refused
 
 
 def _check_quarantine(refused: list[tuple[Row, str]], total: int, most: float) -> None:

@@ -55,8 +55,8 @@ def schema() -> "pyarrow.Schema":
     )
 
 
-def write_block(path: Path, rows: Sequence[tuple[int, Row]], refused: dict[int, str], options: DecodeOptions, announce: Announce) -> None:
-    """Decode numbered rows into a block. `refused` holds rows known to break a worker, and why."""
+def write_block(path: Path, rows: Sequence[tuple[int, Row]], refused: dict[int, str], options: DecodeOptions, announce: Announce) -> int:
+    """Decode numbered rows into a block; returns how many were refused. `refused` holds rows known to break a worker, and why."""
     import pyarrow as pa
 
     made, quarantine = path.with_suffix(".partial"), []
@@ -80,6 +80,7 @@ def write_block(path: Path, rows: Sequence[tuple[int, Row]], refused: dict[int, 
             writer.write_batch(pa.RecordBatch.from_pylist(waiting, schema()))
     path.with_suffix(".json").write_text(json.dumps(quarantine))
     settle(made, path)
+    return len(quarantine)
 
 
 def settle(made: Path, path: Path) -> None:
@@ -171,8 +172,9 @@ class Staging:
         return self.path(block).is_file()
 
     def refused(self) -> list[tuple[Row, str]]:
-        """Rows that no image came of, and why."""
-        noted = [note for block in self.blocks() for note in json.loads(self.path(block).with_suffix(".json").read_text())]
+        """Rows of the finished blocks that no image came of, and why."""
+        finished = [self.path(block) for block in self.blocks() if self.finished(block)]
+        noted = [note for path in finished for note in json.loads(path.with_suffix(".json").read_text())]
         return [(self.rows[note["row"]], note["reason"]) for note in noted]
 
     def table(self) -> "pyarrow.Table":
