@@ -111,9 +111,9 @@ def test_percentiles_leave_the_background_out():
 
 def test_percentiles_of_a_large_volume_see_every_column():
     volume = np.zeros((160, 160, 160), np.int16)
-    volume[:, :, 1::2] = 7
-    volume[:, :, 2::4] = 9
-    assert percentile_range(volume) == (0.0, 9.0)
+    volume[:, :, 1::5] = 7
+    volume[:, :, 2::5] = 9
+    assert percentile_range(volume) == (7.0, 9.0)
 
 
 def test_percentiles_of_images_with_one_or_two_values():
@@ -150,6 +150,14 @@ def test_a_stack_maps_each_channel_by_its_own_map(convert):
     assert MRI_AND_MASK.channels(3) == 3 and label_channels(MRI_AND_MASK, 3) == 1 and label_channels(Range(0, 1), 3) == 0
     with pytest.raises(InputError, match="takes 3 channels"):
         MRI_AND_MASK.channels(2)
+
+
+def test_a_stack_finds_the_recorded_range_behind_windows():
+    stack = Stack(((parse_windows(("brain", "bone")), 1), (Recorded("percentiles", ((0.0, 1.0),)), 1)))
+    image, ranges = np.array([[[40.0, 900.0]], [[5.0, 15.0]]]), np.array([[0.0, 0.0], [5.0, 15.0]])
+    unit = stack.to_unit(image, ranges)
+    np.testing.assert_allclose(unit[2], [[-1, 1]])
+    np.testing.assert_allclose(stack.from_unit(unit, ranges), image, atol=1e-6)
 
 
 def test_a_stack_after_windows_counts_channels_on_both_sides():

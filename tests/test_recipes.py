@@ -14,11 +14,14 @@ from safetensors.torch import load_file
 
 from medsd import MedSDPipeline, load_dataset
 from medsd.config import ClassifyConfig, FinetuneUNetConfig, GenerateConfig
+from medsd.data import transforms
 from medsd.data.dataset import data_features, load_info, pack
 from medsd.data.intensity import Recorded
 from medsd.data.prompts import prompt_of
 from medsd.data.transforms import TrainingOrder, recorded_ranges, row_classes
 from medsd.errors import InputError
+from medsd.models import conditioning
+from medsd.training import preview
 from recipes import classify, finetune_unet, generate
 
 QUICK = {
@@ -419,20 +422,20 @@ def test_sets_of_findings_are_not_scored_yet(findings_data, phantom_data, run, t
             classify.main(ClassifyConfig(pipeline=str(pipeline), dataset_name=str(data), output_dir=str(tmp_path / "scores")))
 
 
-def test_every_row_is_trained_on_its_own_prompt(findings_data, tmp_path, monkeypatch):
+def test_every_row_is_trained_on_its_own_prompt_and_range(findings_data, tmp_path, monkeypatch):
     """Each batch's numbers, looked up in the table that was tokenized, are the rows' prompts."""
-    from medsd.models import conditioning
-
-    tables, numbers = [], []
+    tables, numbers, ranges, to_unit = [], [], [], transforms.to_unit
     tokenize, drop = conditioning.tokenize, conditioning.drop_prompts
     monkeypatch.setattr(conditioning, "tokenize", lambda tokenizer, prompts: tables.append(prompts) or tokenize(tokenizer, prompts))
     monkeypatch.setattr(conditioning, "drop_prompts", lambda prompts, *others: numbers.append(prompts) or drop(prompts, *others))
+    monkeypatch.setattr(transforms, "to_unit", lambda images, *others: ranges.append(others[1]) or to_unit(images, *others))
     train(findings_data, tmp_path / "unet", validation_steps=0, class_tokens="words")
     table, rows = tables[-1], load_dataset(findings_data, "train")
     assert table[:6] == load_info(findings_data).with_words().prompts and table[-1] == "" and table[6:-1] == sorted(table[6:-1])
     assert "a head CT with epidural and subdural, 60-69 years, female" not in table[:6]
     order = TrainingOrder(row_classes(rows), 4)
-    for indices, batch in zip(order, numbers, strict=False):
+    for indices, batch, own in zip(order, numbers, ranges[-2:], strict=False):
+        np.testing.assert_array_equal(own, recorded_ranges(rows)[indices])
         words = [rows[index]["prompt"].replace("<", "").replace(">", "") for index in indices]
         assert [table[number] for number in batch] == words
 
@@ -451,6 +454,21 @@ def test_ranges_of_the_data_reach_the_latents(findings_data, tmp_path):
     np.testing.assert_allclose(unit, (np.stack(images) - low) / (high - low) * 2 - 1, atol=1e-4)
     with pytest.raises(InputError, match="one per image"):
         pipe.encode_images(images, ranges[:1])
+
+
+def test_held_out_images_have_their_own_prompts_and_ranges(findings_data, tmp_path, monkeypatch):
+    pipe = MedSDPipeline.from_pretrained(train(findings_data, tmp_path / "unet", validation_steps=0))
+    rows, seen = load_dataset(findings_data, "validation"), []
+    monkeypatch.setattr(preview, "denoising_error", lambda *arguments: seen.extend(arguments) or torch.zeros(1))
+    held_out = preview.HeldOut(pipe, str(findings_data))
+    held_out.loss()
+    latents, conditions = seen[2], seen[5]
+    images = [image.tobytes() for image in rows["image"]]
+    order = [images.index(image.tobytes()) for image in held_out.images]
+    assert len(set(order)) == len(rows)
+    with torch.no_grad():
+        torch.testing.assert_close(latents, pipe.encode_images(list(rows["image"]), recorded_ranges(rows))[order])
+        torch.testing.assert_close(conditions, pipe.encode_prompts(list(rows["prompt"]))[order])
 
 
 def test_scores_use_the_recorded_range_of_each_image(phantom_data, findings_data, tmp_path, monkeypatch):
@@ -493,8 +511,6 @@ def test_a_long_prompt_is_read_by_a_preset_and_refused_by_a_pretrained_model(pha
 
 @pytest.mark.parametrize("shared", [1, 40])
 def test_a_long_table_is_encoded_only_where_it_is_needed(shared):
-    from medsd.models.conditioning import encode_chosen
-
     seen = []
 
     def text_encoder(ids):
@@ -503,7 +519,7 @@ def test_a_long_table_is_encoded_only_where_it_is_needed(shared):
 
     table = torch.arange(33 * 5).reshape(33, 5)
     chosen = torch.tensor([7, 32, 7, 0] * shared)
-    torch.testing.assert_close(encode_chosen(text_encoder, table, chosen), table[chosen].float()[..., None] * 2)
+    torch.testing.assert_close(conditioning.encode_chosen(text_encoder, table, chosen), table[chosen].float()[..., None] * 2)
     assert seen == [3 if shared == 1 else 33]
 
 

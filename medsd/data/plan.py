@@ -221,6 +221,8 @@ def _intensity(plan: Plan, options: PrepareOptions, is_ct: bool, channels: int) 
     if not options.mask_channel:
         return options.intensity or _default_intensity(plan, is_ct, channels)
     labels = sorted({value for found in plan.column("mask_labels") for value in found} | {0.0})
+    if len(labels) == 1:
+        raise InputError("no mask holds anything but 0: drop mask from --channels, or name another file with mask=WORD")
     if len(labels) > MOST_MASK_LABELS:
         raise InputError(f"the masks hold {len(labels)} values; labels, at most {MOST_MASK_LABELS}, are expected")
     images = options.intensity or _default_intensity(plan, is_ct, channels - 1)
@@ -278,7 +280,8 @@ def final_columns(plan: Plan, info: DataInfo, options: PrepareOptions, salt: byt
     order = {name: index for index, name in enumerate(info.class_names)}
     heights = slice_heights(plan)
     said = [_said(fact, height, options.prompt_metadata) for fact, height in zip(facts, heights, strict=True)]
-    instance, frames = plan.column("instance_number"), plan.column("frame")
+    siblings = Counter(plan.column("row"))
+    frames = [frame if siblings[row] > 1 else None for frame, row in zip(plan.column("frame"), plan.column("row"), strict=True)]
     series = zip(plan.column("series"), plan.source_patients, strict=True)
     columns = {
         "block": plan.column("block"),
@@ -291,7 +294,7 @@ def final_columns(plan: Plan, info: DataInfo, options: PrepareOptions, salt: byt
         "series_id": [salted(salt, name or patient) for name, patient in series],
         "slice_index": [
             number if number is not None else (row.index if row.index is not None else frame)
-            for number, row, frame in zip(instance, plan.rows, frames, strict=True)
+            for number, row, frame in zip(plan.column("instance_number"), plan.rows, frames, strict=True)
         ],
         "pixel_spacing": plan.column("spacing"),
         **{name: [getattr(fact, name) for fact in facts] for name in FACT_COLUMNS},
