@@ -52,9 +52,10 @@ def main(config: FinetuneUNetConfig) -> None:
         print("pushed to", pipe.push_to_hub(config.hub_model_id, private=config.hub_private_repo))
     folder, data = shlex.quote(str(output_dir)), shlex.quote(config.dataset_name)
     scores, images = (shlex.quote(str(output_dir.with_name(name))) for name in ("scores", "images"))
-    accelerator.print(f"next: python recipes/generate.py --pipeline {folder} --output_dir {images}")
+    commands = [f"python recipes/generate.py --pipeline {folder} --output_dir {images}"]
     if len(info.class_names) > 1 and not info.multi_label:
-        accelerator.print(f"      python recipes/classify.py --pipeline {folder} --dataset_name {data} --output_dir {scores}")
+        commands.insert(0, f"python recipes/classify.py --pipeline {folder} --dataset_name {data} --output_dir {scores}")
+    accelerator.print("next: " + "\n      ".join(commands))
 
 
 def data_info(config: FinetuneUNetConfig) -> "DataInfo":
