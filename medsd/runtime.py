@@ -34,9 +34,13 @@ def check_output(folder: Path, overwrite: bool, inputs: Sequence[str | Path | No
 
 
 def replace_folder(made: Path, final: Path) -> None:
-    """Put the finished folder `made` in the place of `final`."""
-    shutil.rmtree(final, ignore_errors=True)
+    """Put the finished folder `made` in the place of `final`, which is whole at every moment but between two renames."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
     os.replace(made, final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def partial_folder(final: Path) -> Path:

@@ -66,6 +66,10 @@ def main(config: PrepareDataConfig) -> None:
         salt, salt_name = load_salt(Path(config.salt_file) if config.salt_file else None)
         summary = prepare(collection.rows, output_dir, options, salt, salt_name, overwrite=config.overwrite)
     report(summary, output_dir, options.resolution)
+    if config.push_to_hub:
+        from medsd.hub import push_dataset
+
+        print(f"pushed to {push_dataset(output_dir, config.hub_dataset_id, private=config.hub_private_repo)}")
 
 
 def read_collection(config: PrepareDataConfig) -> "Collection":

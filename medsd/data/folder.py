@@ -49,7 +49,7 @@ class DataFolder:
 
     def write(self, staging: Staging, pool: WorkerPool, counts: dict[str, Any]) -> dict[str, Any]:
         """Write shards, then what describes them, then the private folder; only then do both get their names."""
-        made = self._folder()
+        made = self._folder(staging)
         shards = self._write_shards(made / "data", staging, pool)
         summary = summarise(self.plan, self.info) | counts | {"shards": shards}
         _write_json(made / INFO_FILE, self.info.to_dict())
@@ -65,11 +65,13 @@ class DataFolder:
         replace_folder(made, self.output_dir)
         return summary
 
-    def _folder(self) -> Path:
+    def _folder(self, staging: Staging) -> Path:
         """The hidden folder that becomes the data set; what an earlier run of this very plan left there stays."""
         made = self.output_dir.with_name(f".{self.output_dir.name}.partial")
-        content = [self.info.to_dict(), *(self.columns[name] for name in ("key", "prompt", "patient_id", "block", "place"))]
-        wanted = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        digest = hashlib.sha256(f"{(staging.folder / 'fingerprint').read_text()} {self.info}".encode())
+        for name, values in self.columns.items():
+            digest.update(f"{name} {values}".encode())
+        wanted = digest.hexdigest()
         if not (made / "plan").is_file() or (made / "plan").read_text() != wanted:
             made = partial_folder(self.output_dir)
             (made / "plan").write_text(wanted)
@@ -166,15 +168,7 @@ def _typed(values: list[Any], schema: Any, name: str) -> Any:
 def _nameless(reason: str) -> str:
     """The kind of a refusal, without anything that a file or its name says."""
     words = reason.split(": ", 1)[-1].split(" (")[0]
-    known = (
-        "cannot be decoded",
-        "needs more memory",
-        "took longer than",
-        "ended the decoder",
-        "no such file",
-        "a DICOM object without pixels",
-    )
-    return next((kind for kind in known if words.startswith(kind)), "cannot be used")
+    return next((kind for kind in REASONS if words.startswith(kind)), "cannot be used")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,8 +147,9 @@ class Staging:
             note.write_text(wanted)
 
     def _fingerprint(self) -> str:
-        """sha256 over the options and each row's place and files, with their sizes and times."""
-        digest = hashlib.sha256(json.dumps([asdict(self.options), self.block_rows]).encode())
+        """sha256 over versions, options and each row's place and files, with their sizes and times."""
+        versions = [version(name) for name in ("medsd", "pydicom", "nibabel", "pillow", "numpy")]
+        digest = hashlib.sha256(json.dumps([asdict(self.options), self.block_rows, versions]).encode())
         for row in self.rows:
             files = [*row.files, *([row.mask] if row.mask else [])]
             known = [(str(file), *_stamp(file)) for file in files]
@@ -193,9 +195,8 @@ def read_columns(path: Path, names: Sequence[str]) -> "pyarrow.Table":
     """Some columns of a block; bytes of the others are not touched."""
     import pyarrow as pa
 
-    places = [schema().get_field_index(name) for name in names]
     with pa.memory_map(str(path)) as stream:
-        return pa.ipc.open_file(stream, options=pa.ipc.IpcReadOptions(included_fields=places)).read_all()
+        return pa.ipc.open_file(stream).read_all().select(list(names))
 
 
 def _stamp(file: Path) -> tuple[int, int]:
