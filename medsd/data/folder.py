@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from medsd.data.dataset import INFO_FILE, DataInfo, data_features
+from medsd.data.dataset import INFO_FILE, DataInfo, data_features, unpack
 from medsd.data.plan import Plan, is_recorded, salted, summarise
 from medsd.data.prompts import NO_FINDING
 from medsd.data.rows import Row
-from medsd.data.shards import SHEET_COLUMNS, contact_sheet, rows_per_shard, write_shard
+from medsd.data.shards import SHEET_COLUMNS, SHEET_ROWS, contact_sheet, preview_of, rows_per_shard, write_shard
 from medsd.data.splits import SPLITS
-from medsd.data.staging import Staging
+from medsd.data.staging import Staging, read_columns
 from medsd.data.workers import Job, WorkerPool
 from medsd.errors import InputError
 from medsd.runtime import partial_folder, replace_folder
@@ -57,7 +57,7 @@ class DataFolder:
         quarantine = [{"key": salted(self.salt, row.name), "stage": "decode", "reason": _nameless(reason)} for row, reason in self.refused]
         _write_lines(made / "quarantine.jsonl", quarantine)
         _write_lines(made / "duplicates.jsonl", self.hits)
-        self._sheet(made / "data").save(made / "contact_sheet.png")
+        self._sheet(staging).save(made / "contact_sheet.png")
         private = self.output_dir.with_name(self.output_dir.name + ".private")
         replace_folder(self._private(private), private)
         shutil.rmtree(staging.folder)  # Before the end, so that no kill leaves source ids behind a finished folder.
@@ -115,26 +115,24 @@ class DataFolder:
         widest = max(np.dtype(kind).itemsize for kind in set(self.plan.column("dtype")))
         return rows_per_shard(self.info.image_channels * self.info.resolution**2 * widest)
 
-    def _sheet(self, folder: Path) -> Any:
-        """Up to `SHEET_COLUMNS` images of each class, evenly picked from the training split."""
+    def _sheet(self, staging: Staging) -> Any:
+        """Up to `SHEET_COLUMNS` images of each of the first `SHEET_ROWS` classes, evenly picked from the first split."""
         classes: dict[str, list[int]] = {}
         split = next(split for split in SPLITS if split in self.plan.splits)
-        members = [index for index, owner in enumerate(self.plan.splits) if owner == split]
-        for place, index in enumerate(members):
-            for name in self.plan.findings[index] or (NO_FINDING,):
-                classes.setdefault(name, []).append(place)
+        for index, owner in enumerate(self.plan.splits):
+            for name in (self.plan.findings[index] or (NO_FINDING,)) if owner == split else ():
+                classes.setdefault(name, []).append(index)
         rows = []
-        for name in sorted(classes):
-            picked = [classes[name][i] for i in np.linspace(0, len(classes[name]) - 1, min(SHEET_COLUMNS, len(classes[name]))).astype(int)]
-            rows.append((f"{name}: {len(classes[name])} in {split}", self._previews(folder, split, picked)))
+        for name in sorted(classes)[:SHEET_ROWS]:
+            members = classes[name]
+            picked = np.linspace(0, len(members) - 1, min(SHEET_COLUMNS, len(members))).astype(int)
+            rows.append((f"{name}: {len(members)} in {split}", [self._preview(staging, members[place]) for place in picked]))
         return contact_sheet(rows)
 
-    def _previews(self, folder: Path, split: str, places: list[int]) -> list[bytes]:
-        import pyarrow.parquet
-
-        shards, per_shard = sorted(folder.glob(f"{split}-*.parquet")), self._per_shard()
-        columns = {shard: pyarrow.parquet.read_table(shards[shard], columns=["preview"]) for shard in {p // per_shard for p in places}}
-        return [columns[place // per_shard]["preview"][place % per_shard].as_py()["bytes"] for place in places]
+    def _preview(self, staging: Staging, index: int) -> bytes:
+        ranges = self.columns["intensity_range"][index] if "intensity_range" in self.columns else None
+        stored = read_columns(staging.path(self.columns["block"][index]), ["image"])["image"][self.columns["place"][index]].as_py()
+        return preview_of(unpack(stored), self.info.intensity_map, np.array(ranges) if ranges else None)
 
     def _private(self, private: Path) -> Path:
         import pyarrow

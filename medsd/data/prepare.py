@@ -44,6 +44,8 @@ def prepare(
     What an earlier call with the same rows and options left unfinished is used. Raises InputError for a folder in use, too
     many unreadable files, a patient in two splits, or duplicates across splits.
     """
+    if not rows:
+        raise InputError("no image was found: nothing to prepare")
     staging_dir = output_dir.with_name(f".{output_dir.name}.staging")
     with _alone(staging_dir):
         check_output(output_dir, overwrite, [row.file for row in rows])

@@ -23,6 +23,7 @@ SHARD_BYTES = 2**26
 GROUP_BYTES = 2**25
 """Bytes of pixels in a shard, and in each of its row groups."""
 SHEET_COLUMNS = 8
+SHEET_ROWS = 64
 
 
 def rows_per_shard(image_bytes: int) -> int:
