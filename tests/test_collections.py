@@ -119,6 +119,12 @@ def test_rsna_tables_that_contradict_themselves_are_refused(rsna, change, messag
         rsna2019(rsna)
 
 
+def test_an_rsna_table_that_is_no_text_is_refused(rsna):
+    (rsna / TABLE).write_bytes(b"ID,Label\nID_1_any\xff,1\n")
+    with pytest.raises(InputError, match="save it as comma-separated UTF-8"):
+        rsna2019(rsna)
+
+
 def test_rsna_files_twice_are_refused(rsna):
     shutil.copytree(rsna / "stage_2_train", rsna / "stage_1_train")
     with pytest.raises(InputError, match="two files are called ID_.*, in stage_1_train and stage_2_train"):

@@ -295,6 +295,8 @@ def test_npz_with_several_findings(tmp_path):
             {"train_images": np.zeros(1), "train_labels": np.ones((1, 2)), "val_images": np.zeros(1), "val_labels": np.ones((1, 1))},
             "different numbers of labels",
         ),
+        ({"train_images": np.zeros(1), "train_labels": np.array(["a"])}, "an array of type <U1"),
+        ({"train_images": np.zeros(1), "train_labels": np.zeros((1, 1, 1))}, "has the shape"),
     ],
 )
 def test_wrong_npz_files_are_refused(tmp_path, arrays, message):
@@ -307,7 +309,7 @@ def test_a_folder_without_one_npz_is_refused(tmp_path):
     with pytest.raises(InputError, match="0 npz files"):
         npz(tmp_path)
     (tmp_path / "x.npz").write_bytes(b"PK broken")
-    with pytest.raises(InputError, match="x.npz is not an npz"):
+    with pytest.raises(InputError, match="x.npz: cannot be decoded"):
         npz(tmp_path)
 
 

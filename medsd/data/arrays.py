@@ -18,6 +18,7 @@ def read_array(path: Path, member: str | None = None, index: int | None = None) 
     """
     if path.suffix.lower() == ".npy":
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        _check_numbers(mapped.dtype)
         check_size(mapped.shape, mapped.itemsize)
         return np.array(mapped)
     array = _open_member(path, member, path.stat().st_mtime_ns)
@@ -32,8 +33,7 @@ class NpzMember:
         version = np.lib.format.read_magic(stream)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         self.shape, self.fortran, self.dtype = read_header(stream)
-        if self.dtype.hasobject:
-            raise InputError("an array of Python objects; numbers are expected")
+        _check_numbers(self.dtype)
         self.start = stream.tell()
 
     def row(self, index: int) -> np.ndarray:
@@ -48,7 +48,9 @@ class NpzMember:
         return self._read(self.shape[1:])
 
     def all(self) -> np.ndarray:
-        """The whole array."""
+        """The whole array; one without elements is none the less an array."""
+        if min(self.shape, default=1) == 0:
+            return np.empty(self.shape, self.dtype)
         check_size(self.shape, self.dtype.itemsize)
         self.stream.seek(self.start)
         array = self._read(self.shape[::-1] if self.fortran else self.shape)
@@ -62,11 +64,27 @@ class NpzMember:
         return np.frombuffer(content, self.dtype).reshape(shape)
 
 
+def _check_numbers(dtype: np.dtype) -> None:
+    """Refuse Python objects, and types of no bytes, of which a file can claim any number."""
+    if dtype.kind not in "biuf":
+        raise InputError(f"an array of type {dtype}; whole or real numbers are expected")
+
+
+def array_names(path: Path) -> list[str]:
+    """The names of an npz's arrays, in its order."""
+    with zipfile.ZipFile(path) as archive:
+        return _names(archive)
+
+
+def _names(archive: zipfile.ZipFile) -> list[str]:
+    return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
 @lru_cache(maxsize=4)
 def _open_member(path: Path, member: str | None, modified: int) -> NpzMember:
     """`modified` is the time of the file's last change, so that a new file under an old name is opened anew."""
     archive = zipfile.ZipFile(path)
-    names = [name.removesuffix(".npy") for name in archive.namelist()]
+    names = _names(archive)
     if member is None and len(names) != 1:
         raise InputError(f"holds {len(names)} arrays ({', '.join(names[:5])}); one is expected")
     if member is not None and member not in names:

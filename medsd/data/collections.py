@@ -16,7 +16,7 @@ from medsd.data.files import is_nifti, is_raster
 from medsd.data.metadata import Facts
 from medsd.data.rows import SPLIT_NAMES, Collection, Row, images_below, relative, stem_of, words_of
 from medsd.data.sources import MASK, MASK_WORDS, channel_words, image_folder, npz, single_npz, volumes_by_folder
-from medsd.data.tables import UNCERTAIN, fact_reader, find_table, read_lines
+from medsd.data.tables import UNCERTAIN, fact_reader, find_table, open_table, read_lines
 from medsd.errors import InputError
 
 HAEMORRHAGES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
@@ -195,7 +195,7 @@ def _rsna_codes(table: Path, files: dict[str, Path]) -> tuple[dict[str, int], in
     """
     codes, foreign, values = dict.fromkeys(files, 0), 0, {"0": 0, "1": 1}
     bits = {kind: 1 << index for index, kind in enumerate(KINDS)}
-    with table.open(newline="", encoding="utf-8-sig") as stream:
+    with open_table(table) as stream:
         lines = csv.reader(stream)
         if next(lines, None) != ["ID", "Label"]:
             raise InputError(f"{table.name} does not begin with ID,Label: is it RSNA's table?")

@@ -18,8 +18,10 @@ from medsd.data.image import LARGEST, MOST_BYTES, Header, SourceImage, channels_
 from medsd.data.metadata import known_facts
 from medsd.errors import InputError
 
+WITHOUT_PIXELS = frozenset({"SR", "PR", "KO", "REG", "SEG", "DOC", "ECG", "AU", "PLAN", "RTPLAN", "RTSTRUCT"})
+"""Kinds of object that a message may name."""
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-NEEDED = ("Rows", "Columns", "PhotometricInterpretation")
+NEEDED = ("Rows", "Columns")
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 MOST_FRAMES = 20_000
 BURNED_IN_MODALITIES = frozenset({"US", "IVUS", "ES", "XC", "OT", "SC", "ECG", "GM", "DOC"})
@@ -75,7 +77,8 @@ def _check_inflated(path: Path) -> None:
 def _check(dataset: Any) -> int:
     """Number of frames; raises InputError where there are no pixels or absurdly many."""
     if not any(name in dataset for name in PIXELS):
-        raise InputError(f"a DICOM object without pixels ({dataset.get('Modality') or 'no modality'})")
+        modality = dataset.get("Modality")
+        raise InputError(f"a DICOM object without pixels ({modality if modality in WITHOUT_PIXELS else 'no image modality'})")
     lacking = next((name for name in NEEDED if dataset.get(name) is None), None)
     if lacking:
         raise InputError(f"the header claims pixels and has no {lacking}")

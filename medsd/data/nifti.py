@@ -123,6 +123,8 @@ def _check(header: Any) -> int:
         raise InputError(f"a volume of shape {shape}: three axes are expected, or a fourth of up to {MOST_CHANNELS} channels")
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise InputError(f"voxels of type {dtype}: one number per voxel is expected")
+    if np.isinf(header["scl_slope"]):  # nibabel would leave it away; it writes NaN itself where there is none.
+        raise InputError("the header claims a slope that is infinite")
     scaled = header.get_slope_inter() not in {(None, None), (1.0, 0.0)}
     check_size(shape, 8 if scaled else dtype.itemsize)
     if not 0 <= offset <= MOST_EXTENSION_BYTES:

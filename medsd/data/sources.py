@@ -4,7 +4,6 @@ Sources read names and tables only; pixels and headers are `files`' business. Wo
 a folder whose volumes are the channels of one image; a *word* of a file's name stands between `_`, `-` and `.`.
 """
 
-import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from medsd.data.files import is_nifti, is_raster
+from medsd.data.arrays import array_names, read_array
+from medsd.data.files import is_nifti, is_raster, readable
 from medsd.data.rows import SPLIT_NAMES, Accepts, Collection, Row, images_below, relative, split_name, stem_of, words_of
 from medsd.data.tables import Columns, Findings, Index, is_flag, join, one_class, read_table
 from medsd.errors import InputError
@@ -221,18 +221,22 @@ def _by_folder(cases: list[Row]) -> list[Row]:
 
 
 def _npz_labels(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            splits = [name.removesuffix("_images") for name in archive.files if name.endswith("_images")]
-            lacking = next((split for split in splits if f"{split}_labels" not in archive.files), None)
-            labels = {split: archive[f"{split}_labels"] for split in splits if split != lacking}
-    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
-        raise InputError(f"{file.name} is not an npz that can be read ({error})") from error
-    if not splits:
-        raise InputError(f"{file.name}: no array ends in _images; a MedMNIST npz has train_images, train_labels, ...")
-    if lacking is not None:
-        raise InputError(f"{file.name}: {lacking}_images has no {lacking}_labels beside it")
-    return labels
+    """The labels of each split, `(N,)` or `(N, K)`."""
+    with readable(file):
+        names = array_names(file)
+        splits = [name.removesuffix("_images") for name in names if name.endswith("_images")]
+        if not splits:
+            raise InputError("no array ends in _images; a MedMNIST npz has train_images, train_labels, ...")
+        lacking = next((split for split in splits if f"{split}_labels" not in names), None)
+        if lacking is not None:
+            raise InputError(f"{lacking}_images has no {lacking}_labels beside it")
+        return {split: _labels(read_array(file, f"{split}_labels"), split) for split in splits}
+
+
+def _labels(values: np.ndarray, split: str) -> np.ndarray:
+    if values.ndim not in {1, 2}:
+        raise InputError(f"{split}_labels has the shape {values.shape}; (N,) or (N, K) is expected")
+    return values
 
 
 def _number(values: np.ndarray, class_names: Sequence[str] | None) -> tuple[str, ...]:

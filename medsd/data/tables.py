@@ -3,9 +3,11 @@
 import csv
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from medsd.data.metadata import Facts, known_facts
 from medsd.data.rows import Row, split_name, stem_of
@@ -159,13 +161,20 @@ def fact_reader(header: Iterable[str]) -> Callable[[dict[str, str]], Facts]:
     return lambda line: known_facts(**{fact: line[column] for fact, column in columns.items() if column})
 
 
-def read_lines(file: Path) -> list[dict[str, str]]:
-    """The lines of a CSV; a missing cell is empty."""
+@contextmanager
+def open_table(file: Path) -> Iterator[IO[str]]:
+    """A CSV to read from; raises InputError where its text is not UTF-8 or its cells are not a CSV's."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
-            lines = [{key: value or "" for key, value in line.items() if key is not None} for line in csv.DictReader(stream)]
+            yield stream
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"--labels {file} cannot be read ({error}): save it as comma-separated UTF-8") from error
+
+
+def read_lines(file: Path) -> list[dict[str, str]]:
+    """The lines of a CSV; a missing cell is empty."""
+    with open_table(file) as stream:
+        lines = [{key: value or "" for key, value in line.items() if key is not None} for line in csv.DictReader(stream)]
     if not lines:
         raise InputError(f"--labels {file}: no line in it")
     return lines

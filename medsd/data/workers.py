@@ -23,7 +23,7 @@ from typing import Any
 Announce = Callable[[int], None]
 """Told the number of the step that begins."""
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-SECONDS_TO_DIE = 2.0
+SECONDS_TO_DIE = 1.0
 """A process that hung up has this long to be gone by itself, so that its exit code can be told."""
 DIE_WITH_PARENT = 1
 """`PR_SET_PDEATHSIG` of prctl(2)."""
