@@ -68,6 +68,8 @@ class PrepareDataConfig(RecipeConfig):
     """CSV column of the patient. Default: the DICOM header's PatientID, else study, series, file."""
     split_column: str | None = None
     """CSV column that already says train, validation or test."""
+    mask_column: str | None = None
+    """CSV column of a mask's path, relative to data_dir, beside each PNG or DICOM; kept in the column mask."""
     split_fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
     """Shares of train, validation and test patients where the source gives no split."""
     class_names: tuple[str, ...] | None = None
@@ -123,6 +125,8 @@ class PrepareDataConfig(RecipeConfig):
             raise InputError("--source csv needs --labels FILE.csv")
         if len(self.label_column) != 1 and not self.multi_label:
             raise InputError("--label_column names several columns: add --multi_label, or name one")
+        if self.mask_column is not None and (self.source not in {"csv", "dicom"} or self.labels is None):
+            raise InputError("--mask_column belongs to the CSV of --source csv or dicom, named with --labels")
         if not 0 <= self.max_quarantine <= 1:
             raise InputError(f"--max_quarantine {self.max_quarantine} is not within 0 and 1")
         if self.push_to_hub and self.hub_dataset_id is None:

@@ -89,6 +89,7 @@ def read_collection(config: PrepareDataConfig) -> "Collection":
         return sources.nifti_tree(folder, config.channels, labels, config.label_column[0], **columns)
     if labels is None:
         return Collection(sources.image_folder(folder, accepts))
+    columns["mask_column"] = config.mask_column
     if config.multi_label:
         return sources.findings_table(folder, labels, config.label_column, config.uncertain, accepts=accepts, **columns)
     return Collection(sources.table(folder, labels, config.label_column[0], accepts=accepts, **columns))

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from medsd.config import PrepareDataConfig, parse
 from medsd.data.dataset import load_dataset, load_info
@@ -100,6 +101,24 @@ def test_uncertain_findings_follow_the_flag(tmp_path, prepared):
     flags += ["--multi_label", "--label_column", *findings, "--uncertain", "negative", "--duplicates", "keep"]
     info = load_info(prepared(*flags))
     assert info.multi_label and list(info.class_names) == findings
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_masks_named_by_a_table(tmp_path, prepared, several):
+    folder, generator = tmp_path / "scans", np.random.default_rng(0)
+    folder.mkdir()
+    lines, kept = ["file,lesion,label,contour"], []
+    for number in range(12):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[number : number + 4, 5:9] = number % 2
+        Image.fromarray(generator.integers(0, 255, (32, 32), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(mask).save(folder / f"{number}_m.png")
+        lines.append(f"{number}.png,{number % 2},{'ab'[number % 2]},{number}_m.png")
+        kept.append(mask)
+    (folder / "t.csv").write_text("\n".join(lines))
+    flags = ["--source", "csv", "--data_dir", str(folder), "--labels", "t.csv", "--mask_column", "contour"]
+    found = rows(prepared(*flags, *(["--multi_label", "--label_column", "lesion"] if several else [])))
+    assert sorted(row["mask"][0].tobytes() for row in found) == sorted(mask.tobytes() for mask in kept)
 
 
 def test_metadata_reaches_prompt_and_columns(tmp_path, prepared, real_data):

@@ -146,6 +146,7 @@ def test_medmnist_keeps_its_splits(tmp_path):
         (["--source", "csv", "--data_dir", "{tmp}/scans", "--labels", "twice.csv"], "several lines for benign/Doe-0.png"),
         (["--source", "csv", "--data_dir", "{tmp}/scans", "--labels", "latin.csv"], "UTF-8"),
         (["--source", "images", "--data_dir", "{tmp}/mixed"], "splits or classes"),
+        (["--source", "csv", "--data_dir", "{tmp}/scans", "--labels", "missing.csv", "--mask_column", "m"], 'no column "m"'),
         (["--source", "npz", "--data_dir", "{tmp}/broken.npz"], "broken.npz: cannot be decoded"),
         (["--source", "npz", "--data_dir", "{tmp}/scans"], "npz"),
         (["--source", "images", "--data_dir", "{tmp}/scans", "--split_fractions", "0.5", "0.5", "0.5"], "--split_fractions"),

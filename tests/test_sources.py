@@ -111,8 +111,12 @@ def test_a_wrong_split_or_column_is_refused(tmp_path):
         table(tmp_path, labels, "label", split_column="fold")
     with pytest.raises(InputError, match="--patient_column"):
         table(tmp_path, labels, "label", patient_column="who")
+    with pytest.raises(InputError, match='no column "lesion"'):
+        table(tmp_path, labels, "label", mask_column="lesion")
     with pytest.raises(InputError, match="no such file"):
         table(tmp_path, Path("none.csv"), "label")
+    with pytest.raises(InputError, match="a byte 0 in a cell"):
+        table(tmp_path, lines(tmp_path, "file,label", "1.png,ca\0t"), "label")
     (tmp_path / "latin.csv").write_bytes("file,label\n1.png,böse\n".encode("latin-1"))
     with pytest.raises(InputError, match="UTF-8"):
         table(tmp_path, Path("latin.csv"), "label")

@@ -61,6 +61,7 @@ def findings_table(
     image_column: str | None = None,
     patient_column: str | None = None,
     split_column: str | None = None,
+    mask_column: str | None = None,
     accepts: Accepts = is_raster,
 ) -> Collection:
     """A multi-label table: columns of 0 and 1 (true, yes), or one of names joined by `|` or `;`, "No Finding" for none.
@@ -68,7 +69,7 @@ def findings_table(
     `uncertain` says what -1 and an empty cell are: `drop` leaves the image out, `positive` and `negative` read 1 and 0.
     """
     lines = read_table(folder, labels)
-    columns = Columns(label_columns, image_column, patient_column, split_column)
+    columns = Columns(label_columns, image_column, patient_column, split_column, mask_column)
     named = len(label_columns) == 1 and any(not is_flag(line.get(label_columns[0], "")) for line in lines)
     rule = Findings(uncertain, named)
     rows = join(Index(_file_rows(folder, accepts), folder), lines, labels.name, columns, rule)

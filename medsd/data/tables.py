@@ -42,7 +42,8 @@ class Columns:
         image = self.image or next((lower[column] for column in IMAGE_COLUMNS if column in lower), None)
         if image is None:
             raise InputError(f"{name} has none of the columns {', '.join(IMAGE_COLUMNS)}: name one with --image_column")
-        flags = [("image", image), *(("label", label) for label in self.labels), ("patient", self.patient), ("split", self.split)]
+        flags = [("image", image), *(("label", label) for label in self.labels)]
+        flags += [("patient", self.patient), ("split", self.split), ("mask", self.mask)]
         for flag, column in flags:
             if column is not None and column not in header:
                 raise InputError(f'{name} has no column "{column}" (--{flag}_column); it has {", ".join(header)}')
@@ -177,6 +178,8 @@ def read_lines(file: Path) -> list[dict[str, str]]:
         lines = [{key: value or "" for key, value in line.items() if key is not None} for line in csv.DictReader(stream)]
     if not lines:
         raise InputError(f"--labels {file}: no line in it")
+    if any("\0" in cell for line in lines for cell in line.values()):
+        raise InputError(f"--labels {file}: a byte 0 in a cell; save it as comma-separated UTF-8")
     return lines
 
 
