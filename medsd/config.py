@@ -125,14 +125,28 @@ class PrepareDataConfig(RecipeConfig):
             raise InputError("--source csv needs --labels FILE.csv")
         if len(self.label_column) != 1 and not self.multi_label:
             raise InputError("--label_column names several columns: add --multi_label, or name one")
-        if self.mask_column is not None and (self.source not in {"csv", "dicom"} or self.labels is None):
-            raise InputError("--mask_column belongs to the CSV of --source csv or dicom, named with --labels")
+        self._check_flags_of_sources()
+        if abs(sum(self.split_fractions) - 1) > 1e-6 or min(self.split_fractions) < 0:
+            raise InputError(f"--split_fractions {' '.join(map(str, self.split_fractions))}: three shares that add up to 1 are expected")
         if not 0 <= self.max_quarantine <= 1:
             raise InputError(f"--max_quarantine {self.max_quarantine} is not within 0 and 1")
         if self.push_to_hub and self.hub_dataset_id is None:
             raise InputError("--push_to_hub needs --hub_dataset_id user/name")
         if self.push_to_hub and not self.hub_private_repo and not self.confirm_public_data:
             raise InputError("a public data set needs --confirm_public_data: look at contact_sheet.png and summary.json first")
+
+    def _check_flags_of_sources(self) -> None:
+        """Refuse flags that this source would not look at."""
+        with_table = self.labels is not None and self.source in {"csv", "dicom", "nifti", "images"}
+        for flag in ("image_column", "patient_column", "split_column", "mask_column"):
+            if getattr(self, flag) is not None and not with_table:
+                raise InputError(f"--{flag} names a column of --labels FILE.csv, which --source csv, dicom and nifti read: add that")
+        if self.multi_label and not with_table and self.source != "rsna2019":
+            raise InputError("--multi_label needs --labels FILE.csv with the findings, and --source csv, dicom or nifti")
+        if self.mask_column is not None and self.source == "nifti":
+            raise InputError("--mask_column is for images; the mask of NIfTI volumes is a channel: --channels t1 mask")
+        if self.channels is not None and (self.source not in {"nifti", "brats"} or self.multi_label):
+            raise InputError("--channels stacks volumes of --source nifti or brats with one class an image: leave it away")
 
 
 @dataclass
@@ -213,6 +227,10 @@ class TrainingConfig(RecipeConfig):
         for field, most in {"random_rotation": 180, "random_scale": 0.9, "random_intensity": 1}.items():
             if not 0 <= getattr(self, field) <= most:
                 raise InputError(f"--{field} {getattr(self, field)} is not within 0 and {most}")
+        for field in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, field)
+            if value is not None and value <= 0:
+                raise InputError(f"--{field} {value}: a number above 0 is expected")
 
 
 @dataclass
@@ -256,7 +274,7 @@ class FinetuneUNetConfig(TrainingConfig):
     proportion_empty_prompts: float = 0.1
     """Share of training images whose prompt is dropped, so that guidance works."""
     class_sampling: Literal["natural", "balanced", "sqrt"] = "natural"
-    """How often each class (or set of findings) is drawn: as it comes, equally often, or between the two."""
+    """How often each class (with several findings: an image's rarest) is drawn: as it comes, equally often, or between the two."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -407,6 +425,7 @@ def _or_exit(step: Callable[[], Result], code: int) -> Result:
     try:
         return step()
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (InputError, OSError) as error:
         if os.environ.get("MEDSD_DEBUG") == "1":
@@ -457,6 +476,8 @@ def _checked(recipe: type[RecipeConfig], key: str, value: object, path: Path) ->
     types = get_type_hints(recipe)
     if isinstance(value, str) and "tuple" in str(types.get(key)):
         value = [value]
+    if value == [] and "None" in str(types.get(key)):
+        value = None  # Nothing is named, while the bare flag --prompt_metadata names everything.
     if key not in {field.name for field in fields(recipe)}:
         raise InputError(f"--config {path}, section {recipe.section}: unknown field {key}; --help lists them")
     try:

@@ -14,13 +14,17 @@ from medsd.errors import InputError
 MARKS = ("medsd.json", "status.json", "metrics.json", "manifest.jsonl")
 
 
-def check_output(folder: Path, overwrite: bool, inputs: Sequence[str | Path | None] = ()) -> None:
+def check_output(folder: Path, overwrite: bool, inputs: Sequence[str | Path | None] = (), replaces: str = "run") -> None:
     """Raise InputError where a run may not write to `folder`; nothing is touched.
 
-    It must be empty or absent, or with `overwrite` belong to medsd and hold none of the run's `inputs`.
+    It must be empty or absent, or with `overwrite` belong to medsd and hold none of the run's `inputs`. Only a run that
+    `replaces` `"data"` may replace a prepared data set, which can have cost a night.
     """
     if not folder.name:
         raise InputError(f"--output_dir {folder}: name a folder of its own, such as runs/mine")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        what = f"a link to {folder.readlink()}: name that" if folder.is_symlink() else "a file: choose another"
+        raise InputError(f"--output_dir {folder} is {what}")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
@@ -28,6 +32,8 @@ def check_output(folder: Path, overwrite: bool, inputs: Sequence[str | Path | No
         raise InputError(f"{folder} is not empty: choose another --output_dir or add --overwrite{hint}")
     if not any((folder / mark).exists() for mark in MARKS):
         raise InputError(f"{folder} holds files that medsd did not write, so --overwrite leaves it alone: choose another --output_dir")
+    if (folder / "data").is_dir() and replaces != "data":
+        raise InputError(f"{folder} is a prepared data set, which only prepare_data.py replaces: choose another --output_dir")
     for source in inputs:
         if source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{source} lies in {folder}, which --overwrite would replace: choose another --output_dir")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 def main(config: FinetuneUNetConfig) -> None:
     """Build the pipeline, train it, and leave a pipeline folder."""
+    from medsd.data.intensity import label_channels
     from medsd.runtime import check_output, quiet_libraries
     from medsd.training.checkpoint import find_checkpoint
     from medsd.training.record import RunRecord
@@ -53,7 +54,7 @@ def main(config: FinetuneUNetConfig) -> None:
     folder, data = shlex.quote(str(output_dir)), shlex.quote(config.dataset_name)
     scores, images = (shlex.quote(str(output_dir.with_name(name))) for name in ("scores", "images"))
     commands = [f"python recipes/generate.py --pipeline {folder} --output_dir {images}"]
-    if len(info.class_names) > 1 and not info.multi_label:
+    if len(info.class_names) > 1 and not info.multi_label and not label_channels(info.intensity_map, info.image_channels):
         commands.insert(0, f"python recipes/classify.py --pipeline {folder} --dataset_name {data} --output_dir {scores}")
     accelerator.print("next: " + "\n      ".join(commands))
 

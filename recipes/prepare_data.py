@@ -27,10 +27,14 @@ def main(config: PrepareDataConfig) -> None:
     from medsd.data.metadata import PROMPT_METADATA
     from medsd.data.prepare import PHANTOM_RESOLUTION, PrepareOptions, load_salt, prepare, prepare_phantom
     from medsd.data.survey import survey
+    from medsd.errors import InputError
     from medsd.runtime import check_output
 
     output_dir = Path(config.output_dir)
-    check_output(output_dir, config.overwrite)
+    if not config.dry_run:
+        check_output(output_dir, config.overwrite, replaces="data")
+    if config.source != "phantom" and output_dir.resolve().is_relative_to(Path(config.data_dir).resolve()):
+        raise InputError(f"--output_dir {output_dir} lies in --data_dir, where its files would be taken for images: choose another")
     options = PrepareOptions(
         resolution=config.resolution or (PHANTOM_RESOLUTION if config.source == "phantom" else 256),
         resize=config.resize,
@@ -64,7 +68,11 @@ def main(config: PrepareDataConfig) -> None:
             say_survey(survey(collection.rows, options), options)
             return
         salt, salt_name = load_salt(Path(config.salt_file) if config.salt_file else None)
-        summary = prepare(collection.rows, output_dir, options, salt, salt_name, overwrite=config.overwrite)
+        try:
+            summary = prepare(collection.rows, output_dir, options, salt, salt_name, overwrite=config.overwrite)
+        except KeyboardInterrupt:
+            print("the same command goes on from here")
+            raise
     report(summary, output_dir, options.resolution)
     if config.push_to_hub:
         from medsd.hub import push_dataset
@@ -102,20 +110,38 @@ def say_survey(found: "Survey", options: "PrepareOptions") -> None:
     for name, reason in found.refused[:SHOWN]:
         print(f"  {name}: {reason.split(': ', 1)[-1]}")
     print(f"about {found.images} images of {found.patients} patients: {classes}")
-    hours, stored, staged = found.seconds / 3600, found.stored / 1e9, found.staged / 1e9
-    print(f"about {hours:.3g} hours with --num_workers {options.num_workers}, estimated from a few decoded files")
-    print(f"about {stored:.3g} GB, and {staged:.3g} GB more until it is finished; nothing was written")
+    print(f"about {_duration(found.seconds)} with --num_workers {options.num_workers}, estimated from a few decoded files")
+    print(f"about {_size(found.stored)}, and {_size(found.staged)} more until it is finished; as much again in the cache of datasets when")
+    print("it is trained on. Nothing was written")
+
+
+def _duration(seconds: float) -> str:
+    """`"3.2 hours"`, `"12 minutes"`, `"1 minute"`."""
+    minutes = max(1, round(seconds / 60))
+    return f"{seconds / 3600:.1f} hours" if minutes >= 100 else f"{minutes} minute{'s' * (minutes > 1)}"
+
+
+def _size(count: float) -> str:
+    """Bytes as GB (MB below one)."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
 
 
 def report(summary: dict, output_dir: Path, resolution: int) -> None:
     """Counts per split and class, what to look at, and what to type next."""
+    from medsd.data.plan import XRAY
+
     for split, count in summary["images"].items():
         classes = ", ".join(f"{name} {number}" for name, number in summary["classes"][split].items())
         print(f"{split:<10} {count:>6} images of {summary['patients'][split]} patients: {classes}")
     rules = ", ".join(f"{rule} ({count} images)" for rule, count in summary["patient_rule"].items())
     print(f"patient from: {rules}")
+    if {"patient column", "file"} <= summary["patient_rule"].keys():
+        print(f"{summary['patient_rule']['file']} images have no patient beside others that have one: each counts as a patient of its own")
     if set(summary["patient_rule"]) == {"file"}:
-        print("no patient is known, so every file counts as one: name a --patient_column where a patient has several images")
+        print(
+            "no patient is known, so every file counts as one: where patients have several images, lay them out as CLASS/PATIENT/, or"
+            " name a --patient_column of --labels"
+        )
     if summary["quarantined"]:
         print(f"{summary['quarantined']} files in quarantine; their names and reasons: {output_dir}.private/quarantine.jsonl")
     if any(summary["duplicates"].values()):
@@ -131,12 +157,32 @@ def report(summary: dict, output_dir: Path, resolution: int) -> None:
         print(
             f"no image is larger than {summary['longest_side']} px, the rest of {resolution} px is padding: consider a lower --resolution"
         )
-    empty = [split for split, count in summary["images"].items() if not count]
-    if empty:
-        print(f"nothing in {' and '.join(empty)}: classify.py calibrates on validation and scores test")
+    mixed = {name: count for name, count in summary["modalities"].items() if name != "other"}
+    if len(mixed) > 1 and not XRAY.issuperset(mixed):
+        print(
+            f"several modalities in one data set ({', '.join(f'{name} {count}' for name, count in mixed.items())}): prepare each on its own"
+        )
+    report_splits(summary)
     data, unet = shlex.quote(str(output_dir)), shlex.quote(str(output_dir.with_name("unet")))
     print(f"data set in {output_dir}; look at contact_sheet.png there")
-    print(f"next: accelerate launch recipes/finetune_unet.py --dataset_name {data} --output_dir {unet}")
+    if summary["images"]["train"]:
+        print(f"next: accelerate launch recipes/finetune_unet.py --dataset_name {data} --output_dir {unet}")
+
+
+def report_splits(summary: dict) -> None:
+    """What splits without any images, or without images of a class, will not do."""
+    empty = [split for split, count in summary["images"].items() if not count]
+    uses = {
+        "train": "training needs some",
+        "validation": "classify.py will want --calibrate none",
+        "test": "classify.py will want another --split",
+    }
+    for split in empty:
+        print(f"nothing in {split}: {uses[split]}")
+    for split, counts in summary["classes"].items():
+        lacking = [name for name, count in counts.items() if not count]
+        if lacking and split not in empty:
+            print(f"no image of {', '.join(lacking)} in {split}")
 
 
 if __name__ == "__main__":

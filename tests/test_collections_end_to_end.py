@@ -139,7 +139,7 @@ def test_a_dry_run_writes_nothing(tmp_path, prepared, capsys):
     before = sorted(tmp_path.rglob("*"))
     prepared(*yaml("rsna2019"), "--data_dir", str(tmp_path / "rsna"), "--dry_run")
     said = capsys.readouterr().out
-    assert "epidural" in said and "patients" in said and "hours" in said and "GB" in said
+    assert "epidural" in said and "patients" in said and "about 1 minute with" in said and "MB, and" in said
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -140,3 +140,30 @@ except SystemExit:
 """
     answer = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "HEAVY []" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"source": "images", "patient_column": "who"}, "--patient_column names a column"),
+        ({"source": "npz", "labels": "l.csv", "split_column": "fold"}, "--split_column names a column"),
+        ({"source": "images", "multi_label": True}, "--multi_label needs --labels"),
+        ({"source": "csv", "labels": "l.csv", "channels": ("t1",)}, "--channels stacks volumes"),
+        ({"source": "nifti", "labels": "l.csv", "mask_column": "m"}, "--mask_column is for images"),
+        ({"source": "images", "split_fractions": (0.8, 0.1, 0.2)}, "--split_fractions 0.8 0.1 0.2: three shares"),
+    ],
+)
+def test_flags_that_a_source_does_not_read_are_refused(flags, message):
+    with pytest.raises(InputError, match=message):
+        PrepareDataConfig(data_dir="d", **flags)
+
+
+def test_an_empty_list_in_a_yaml_names_nothing(tmp_path):
+    (tmp_path / "a.yaml").write_text("prepare_data:\n  prompt_metadata: []\n")
+    assert parse(PrepareDataConfig, ["--config", str(tmp_path / "a.yaml")]).prompt_metadata is None
+    assert parse(PrepareDataConfig, ["--prompt_metadata"]).prompt_metadata == ()
+
+
+def test_a_learning_rate_is_above_0():
+    with pytest.raises(InputError, match="--learning_rate -1.0"):
+        FinetuneUNetConfig(learning_rate=-1.0)

@@ -505,3 +505,18 @@ def test_real_ct_equals_pydicom(real_data):
         real = np.ones(pixels.shape, bool) if padding is None else read.pixel_array != np.array(padding).astype(read.pixel_array.dtype)
         np.testing.assert_array_equal(pixels[real], expected[real])
         assert pixels.dtype == np.int16 and pixels.max() > 255
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"), [((1, 0, 0, 0, 1, 0), 3.0), ((1, 0, 0, 0, -1, 0), 3.0), ((0, 1, 0, 0, 0, -1), None), ((1, 0, 0, 0, 0, -1), None)]
+)
+def test_only_axial_slices_have_a_height(tmp_path, turn, expected):
+    dicom(tmp_path / "a.dcm", image16(), ImageOrientationPatient=list(turn), ImagePositionPatient=[1, 2, 3])
+    assert read_file(tmp_path / "a.dcm").header.position == expected
+
+
+def test_frames_are_not_numbered_by_their_file(tmp_path):
+    dicom(tmp_path / "a.dcm", np.stack([image16()] * 3), NumberOfFrames=3, InstanceNumber=7)
+    assert [frame.header.instance_number for frame in read_frames(tmp_path / "a.dcm")] == [None] * 3
+    dicom(tmp_path / "b.dcm", image16(), InstanceNumber=7)
+    assert read_file(tmp_path / "b.dcm").header.instance_number == 7

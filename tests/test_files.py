@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from medsd.data.arrays import NpzMember
-from medsd.data.files import is_dicom, is_nifti, is_raster, read_file, read_frames, read_image
+from medsd.data.files import is_dicom, is_nifti, is_raster, read_file, read_frames, read_image, read_mask
 from medsd.errors import InputError
 
 SHORT, LONG = 3, 4
@@ -70,7 +70,10 @@ def png(path, width, height, depth, colour, rows):
 
 
 def test_kinds_by_name(tmp_path):
-    assert is_dicom(tmp_path / "1.2.840.113") and is_dicom(tmp_path / "a.DCM") and not is_dicom(tmp_path / "labels.csv")
+    for name, start in {"1.2.840.113": b"DICM", "IM0001": b"DICM", "LICENSE": b"", "DICOMDIR": b"DICM", "notes.1": b""}.items():
+        (tmp_path / name).write_bytes(bytes(128) + start)
+    assert is_dicom(tmp_path / "1.2.840.113") and is_dicom(tmp_path / "IM0001") and is_dicom(tmp_path / "a.DCM")
+    assert not any(is_dicom(tmp_path / name) for name in ("labels.csv", "LICENSE", "DICOMDIR", "notes.1", "none"))
     assert is_nifti(tmp_path / "a.NII.GZ") and not is_nifti(tmp_path / "a.gz") and is_raster(tmp_path / "a.JPG")
 
 
@@ -290,3 +293,44 @@ def test_threads_leave_the_warnings_as_they_were(tmp_path):
     for thread in threads:
         thread.join()
     assert warnings.filters == before
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", ["raw", "tiff_deflate"])
+def test_a_turned_tiff_is_turned_back(tmp_path, orientation, compression):
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.tif", compression=compression, exif=exif)
+    image.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), read_image(tmp_path / "a.png"))
+
+
+def test_labels_of_a_palette_mask_are_its_indices(tmp_path):
+    labels = np.arange(16, dtype=np.uint8).reshape(4, 4) % 4
+    image = Image.fromarray(labels).convert("P")
+    image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])
+    image.putdata(labels.ravel().tolist())
+    image.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png")[0], labels)
+    assert read_image(tmp_path / "a.png").shape == (3, 4, 4)
+    image.convert("RGB").save(tmp_path / "b.png")
+    with pytest.raises(InputError, match="b.png: a mask of 3 channels"):
+        read_mask(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((9, 8, 4), (4, 9, 8)), ((9, 8, 2), (2, 9, 8)), ((1, 9, 10), (1, 9, 10)), ((4, 30, 40), (4, 30, 40))]
+)
+def test_channels_of_an_array_are_all_kept(tmp_path, shape, expected):
+    array = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+    np.save(tmp_path / "a.npy", array)
+    pixels = read_image(tmp_path / "a.npy")
+    assert pixels.shape == expected
+    np.testing.assert_array_equal(pixels, array if shape == expected else np.moveaxis(array, -1, 0))
+
+
+def test_an_array_of_a_volume_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((20, 30, 40), np.int16))
+    with pytest.raises(InputError, match="C up to 8"):
+        read_image(tmp_path / "a.npy")

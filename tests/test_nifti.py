@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import struct
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -241,3 +242,22 @@ def test_real_volumes_equal_nibabel(real_data):
         np.testing.assert_array_equal(volume.voxels[0], np.asarray(canonical.dataobj), err_msg=file.name)
         np.testing.assert_allclose(volume.spacing, canonical.header.get_zooms()[:3], rtol=1e-5)
         assert volume_shape(file) == canonical.shape
+
+
+def test_volumes_in_different_places_are_not_stacked(tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 100, (8, 8, 8)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-1, -1, 1, 1])), tmp_path / "a_t1.nii")
+    for name, affine in {"same": np.diag([-1, -1, 1, 1]), "turned": np.eye(4)}.items():
+        nibabel.save(nibabel.Nifti1Image((voxels > 50).astype(np.uint8), affine), tmp_path / f"{name}.nii")
+    row = Row("a", (tmp_path / "a_t1.nii",), mask=tmp_path / "same.nii")
+    assert len(list(decode_row(row, DecodeOptions(8, slices="all")))) == 8
+    with pytest.raises(InputError, match="turned.nii lies elsewhere in space than a_t1.nii"):
+        list(decode_row(replace(row, mask=tmp_path / "turned.nii"), DecodeOptions(8)))
+
+
+def test_channels_of_different_kinds_are_kept_in_32_bits(tmp_path):
+    draws = np.random.default_rng(0)
+    nibabel.save(nibabel.Nifti1Image(draws.integers(2**20, 2**21, (8, 8, 8)).astype(np.int32), np.eye(4)), tmp_path / "a.nii")
+    nibabel.save(nibabel.Nifti1Image(draws.random((8, 8, 8)).astype(np.float32), np.eye(4)), tmp_path / "b.nii")
+    first = next(decode_row(Row("a", (tmp_path / "a.nii", tmp_path / "b.nii")), DecodeOptions(8, slices="all")))
+    assert first.image.dtype == np.float32

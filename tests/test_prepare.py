@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import stat
 from dataclasses import replace
 
@@ -15,10 +16,13 @@ from medsd.config import PrepareDataConfig, parse
 from medsd.data.dataset import load_dataset, load_info
 from medsd.data.files import is_raster
 from medsd.data.geometry import fit_square
-from medsd.data.prepare import PrepareOptions, load_salt, prepare
-from medsd.data.sources import image_folder, medmnist, table
+from medsd.data.intensity import parse_windows
+from medsd.data.prepare import PrepareOptions, load_salt, prepare, prepare_phantom
+from medsd.data.sources import image_folder, npz, table
+from medsd.data.splits import SPLITS
 from medsd.data.transforms import TrainingOrder, shift
 from medsd.errors import InputError
+from medsd.runtime import check_output
 from recipes.prepare_data import main
 
 OPTIONS = PrepareOptions(resolution=16, num_workers=0)
@@ -126,7 +130,7 @@ def test_medmnist_keeps_its_splits(tmp_path):
         arrays[f"{split}_images"] = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         arrays[f"{split}_labels"] = np.arange(count).reshape(-1, 1) % 2
     np.savez(tmp_path / "mnist.npz", **arrays)
-    rows = medmnist(tmp_path / "mnist.npz", ("normal", "pneumonia"))
+    rows = npz(tmp_path / "mnist.npz", ("normal", "pneumonia")).rows
     summary = prepare(rows, tmp_path / "data", replace(OPTIONS, resolution=32, class_names=("normal", "pneumonia")), SALT, "test")
     assert summary["images"] == {"train": 8, "validation": 4, "test": 4}
     first = load_dataset(tmp_path / "data", split="train")[0]
@@ -149,7 +153,6 @@ def test_medmnist_keeps_its_splits(tmp_path):
         (["--source", "csv", "--data_dir", "{tmp}/scans", "--labels", "missing.csv", "--mask_column", "m"], 'no column "m"'),
         (["--source", "npz", "--data_dir", "{tmp}/broken.npz"], "broken.npz: cannot be decoded"),
         (["--source", "npz", "--data_dir", "{tmp}/scans"], "npz"),
-        (["--source", "images", "--data_dir", "{tmp}/scans", "--split_fractions", "0.5", "0.5", "0.5"], "--split_fractions"),
         (["--source", "images", "--data_dir", "{tmp}/scans", "--class_names", "benign", "other"], "--class_names"),
     ],
 )
@@ -275,3 +278,69 @@ def test_real_jpegs_split_by_group(real_data, tmp_path):
     rows = table(folder, folder / "labels.csv", "label", "path", patient_column="pseudo_group", accepts=is_raster)
     summary = prepare(rows, tmp_path / "data", replace(OPTIONS, duplicates="drop"), SALT, "test")
     assert sum(summary["images"].values()) + summary["duplicates_dropped"] == 406
+
+
+def test_what_is_not_a_data_sets_is_never_replaced(tmp_path):
+    rows = image_folder(images(tmp_path / "scans"))
+    (tmp_path / "thesis").write_text("my thesis")
+    with pytest.raises(InputError, match="is a file"):
+        prepare(rows, tmp_path / "thesis", OPTIONS, SALT, "test")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is a link to .*elsewhere"):
+        prepare(rows, tmp_path / "link", OPTIONS, SALT, "test")
+    (tmp_path / "data.private").mkdir()
+    (tmp_path / "data.private" / "mine.csv").write_text("keep")
+    with pytest.raises(InputError, match="holds mine.csv, which is not of a data set"):
+        prepare(rows, tmp_path / "data", OPTIONS, SALT, "test")
+    (tmp_path / "data.private" / "mine.csv").unlink()
+    prepare(rows, tmp_path / "data", OPTIONS, SALT, "test")
+    (tmp_path / "data" / "notes.md").write_text("keep")
+    with pytest.raises(InputError, match="holds notes.md"):
+        prepare(rows, tmp_path / "data", OPTIONS, SALT, "test", overwrite=True)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="has the keys of a data set that is elsewhere"):
+        prepare(rows, tmp_path / "data", OPTIONS, SALT, "test")
+    assert (tmp_path / "thesis").read_text() == "my thesis" and (tmp_path / "link").is_symlink()
+    with pytest.raises(InputError, match="which only prepare_data.py replaces"):
+        check_output(tmp_path / "moved", overwrite=True)
+
+
+def test_another_folder_is_not_taken_for_the_phantoms(tmp_path):
+    folder = images(tmp_path / "scans")
+    with pytest.raises(InputError, match="say with --source what they are"):
+        prepare_phantom(tmp_path / "data", OPTIONS, folder)
+    assert not (folder / "labels.csv").exists()
+
+
+def test_patients_in_the_place_of_classes_are_refused(tmp_path):
+    for number in range(6):
+        images(tmp_path / "scans", count=1, classes=(f"sub-{number:02d}",), seed=number)
+    rows = image_folder(tmp_path / "scans")
+    with pytest.raises(InputError, match=r"6 classes \(sub-00, sub-01, sub-02, ...\) for 6 patients"):
+        prepare(rows, tmp_path / "data", OPTIONS, SALT, "test")
+    names = tuple(sorted(row.label for row in rows))
+    assert prepare(rows, tmp_path / "data", replace(OPTIONS, class_names=names), SALT, "test")
+
+
+def test_windows_are_not_for_grey_values_of_8_bits(tmp_path):
+    rows = image_folder(images(tmp_path / "scans"))
+    with pytest.raises(InputError, match="--windows are in HU"):
+        prepare(rows, tmp_path / "data", replace(OPTIONS, intensity=parse_windows(("brain",))), SALT, "test")
+
+
+def test_a_mask_may_be_missing_in_some_rows(tmp_path):
+    folder = images(tmp_path / "scans")
+    rows = image_folder(folder)
+    Image.fromarray(np.eye(20, 24, dtype=np.uint8)).save(tmp_path / "mask.png")
+    rows = [replace(rows[0], mask=tmp_path / "mask.png"), *rows[1:]]
+    summary = prepare(rows, tmp_path / "data", OPTIONS, SALT, "test")
+    loaded = [row["mask"] for name in SPLITS if summary["images"][name] for row in load_dataset(tmp_path / "data", name)]
+    assert sum(mask is not None for mask in loaded) == 1
+
+
+def test_names_that_are_no_text_are_prepared(tmp_path):
+    folder = images(tmp_path / "scans")
+    first = sorted(folder.rglob("*.png"))[0]
+    first.rename(os.fsdecode(os.fsencode(first.parent) + b"/\xff.png"))
+    summary = prepare(image_folder(folder), tmp_path / "data", OPTIONS, SALT, "test")
+    assert sum(summary["images"].values()) == len(list(folder.rglob("*.png")))

@@ -12,11 +12,13 @@ from PIL import Image
 
 from benchmarks.kill_prepare import digests, hidden, kill_once, measure_memory, start, write_source
 from medsd.data import folder, staging
+from medsd.data.dataset import load_dataset
 from medsd.data.decode import decode_row
 from medsd.data.phantom import write_phantom
 from medsd.data.plan import PrepareOptions
 from medsd.data.prepare import prepare
-from medsd.data.sources import image_folder, table
+from medsd.data.sources import findings_table, image_folder, table
+from medsd.data.staging import Staging, write_block
 from medsd.errors import InputError
 
 OPTIONS = PrepareOptions(resolution=16, num_workers=0)
@@ -157,3 +159,35 @@ def test_memory_does_not_grow_with_the_collection(tmp_path):
     few, many = (measure_memory(tmp_path, count) for count in (500, 5000))
     assert many[0] - few[0] < 4500 * 12 / 1024, "12 KiB a file in the parent, of 140 in the files"
     assert many[1] < 1.1 * few[1]
+
+
+def test_a_corrected_table_counts_after_a_refusal(scans, tmp_path, decoded):
+    def rows(effusion):
+        table = tmp_path / "t.csv"
+        names = [path.relative_to(scans).as_posix() for path in sorted(scans.rglob("*.png"))]
+        lines = [f"{name},{int(number % 2 or effusion)},{number % 3 // 2}" for number, name in enumerate(names)]
+        table.write_text("\n".join(["file,effusion,nodule", *lines]))
+        return findings_table(scans, table, ("effusion", "nodule")).rows
+
+    options = replace(OPTIONS, multi_label=True, class_names=("effusion", "nodule"))
+    with pytest.raises(InputError, match="what has been read is not read again"):
+        prepare(split(rows(effusion=True)), tmp_path / "data", options, SALT, "test")
+    prepare(split(rows(effusion=False)), tmp_path / "data", replace(options, duplicates="keep"), SALT, "test")
+    assert len(decoded) == 140
+    found = [label[0] for name in ("train", "test") for label in load_dataset(tmp_path / "data", name)["labels"]]
+    assert sum(found) == 70
+
+
+def split(rows):
+    return [replace(row, split=row.name.split("/")[0]) for row in rows]
+
+
+def test_what_failed_for_lack_of_time_is_tried_again(scans, tmp_path, monkeypatch):
+    rows = image_folder(scans)
+    slow = Staging(tmp_path / "staging", rows, OPTIONS.decode, 64)
+    reasons = {0: "00.png: took longer than 60 s", 70: "00.png: cannot be decoded (SyntaxError: broken)"}
+    for block in slow.blocks():
+        write_block(slow.path(block), slow.rows_of(block), reasons, OPTIONS.decode, lambda step: None)
+    again = Staging(tmp_path / "staging", rows, OPTIONS.decode, 64)
+    assert [again.finished(block) for block in again.blocks()] == [False, True, True]
+    assert [row.name for row, _ in again.refused()] == [rows[70].name]

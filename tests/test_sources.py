@@ -9,7 +9,7 @@ import pytest
 from medsd.data.files import is_nifti
 from medsd.data.metadata import Facts
 from medsd.data.rows import stem_of, words_of
-from medsd.data.sources import findings_table, image_folder, medmnist, nifti_tree, npz, table
+from medsd.data.sources import findings_table, image_folder, nifti_tree, npz, table
 from medsd.errors import InputError
 from tests.collection_layouts import write_chest_csv, write_chexpert, write_medmnist
 
@@ -56,8 +56,8 @@ def test_a_flat_folder_is_one_class(tmp_path):
     [
         ((), "no such folder"),
         (("notes.txt",), "one folder per class is expected"),
-        (("cat/1.png", "image/x.txt"), "class image: no image in image"),
-        (("train/cat/1.png", "train/dog/x.txt"), "class dog: no image in train/dog"),
+        (("cat/1.png", "image/x.txt"), r"class image: no image that this --source reads \(x.txt is none\) in image"),
+        (("train/cat/1.png", "train/dog/x.txt"), "class dog: no image that .* in train/dog"),
         (("train/cat/1.png", "extra/1.png"), "splits or classes"),
     ],
 )
@@ -267,7 +267,7 @@ def test_npz_reads_labels_only(tmp_path):
     assert Counter(row.split for row in collection.rows) == {"train": 8, "validation": 4, "test": 4}
     assert [row.label for row in collection.rows[:3]] == ["normal", "pneumonia", "normal"] and not collection.multi_label
     assert (collection.rows[9].array, collection.rows[9].index) == ("val_images", 1)
-    assert medmnist(tmp_path) == npz(file).rows and npz(file).class_names is None and npz(file).rows[1].label == "1"
+    assert npz(tmp_path).rows == npz(file).rows and npz(file).class_names is None and npz(file).rows[1].label == "1"
 
 
 def test_npz_with_an_empty_split_and_flat_labels(tmp_path):
@@ -291,16 +291,22 @@ def test_npz_with_several_findings(tmp_path):
     [
         ({"train_images": np.zeros((2, 4, 4))}, "train_images has no train_labels"),
         ({"pictures": np.zeros(2)}, "no array ends in _images"),
-        ({"train_images": np.zeros(2), "train_labels": np.array([[0], [2]])}, "label 2 has no name"),
-        ({"train_images": np.zeros(1), "train_labels": np.array([[0, 2]])}, "2 numbers 0 or 1"),
-        ({"train_images": np.zeros(1), "train_labels": np.array([[0, 1, 1]])}, "2 numbers 0 or 1"),
-        ({"fold_images": np.zeros(1), "fold_labels": np.array([[0]])}, 'split "fold"'),
+        ({"train_images": np.zeros((2, 4, 4)), "train_labels": np.array([[0], [2]])}, "label 2 has no name"),
+        ({"train_images": np.zeros((1, 4, 4)), "train_labels": np.array([[0, 2]])}, "2 numbers 0 or 1"),
+        ({"train_images": np.zeros((1, 4, 4)), "train_labels": np.array([[0, 1, 1]])}, "2 numbers 0 or 1"),
+        ({"fold_images": np.zeros((1, 4, 4)), "fold_labels": np.array([[0]])}, 'split "fold"'),
         (
-            {"train_images": np.zeros(1), "train_labels": np.ones((1, 2)), "val_images": np.zeros(1), "val_labels": np.ones((1, 1))},
+            {
+                "train_images": np.zeros((1, 4, 4)),
+                "train_labels": np.ones((1, 2)),
+                "val_images": np.zeros((1, 4, 4)),
+                "val_labels": np.ones((1, 1)),
+            },
             "different numbers of labels",
         ),
-        ({"train_images": np.zeros(1), "train_labels": np.array(["a"])}, "an array of type <U1"),
-        ({"train_images": np.zeros(1), "train_labels": np.zeros((1, 1, 1))}, "has the shape"),
+        ({"train_images": np.zeros((2, 28, 28, 28)), "train_labels": np.zeros(2)}, "no volumes"),
+        ({"train_images": np.zeros((1, 4, 4)), "train_labels": np.array(["a"])}, "an array of type <U1"),
+        ({"train_images": np.zeros((1, 4, 4)), "train_labels": np.zeros((1, 1, 1))}, "has the shape"),
     ],
 )
 def test_wrong_npz_files_are_refused(tmp_path, arrays, message):
@@ -324,7 +330,8 @@ def test_real_glioma_volumes(real_data):
     assert collection.mask_channel and collection.mask_classes == ("no lesion", "lesion")
     assert collection.notes == ("folders left out for lack of a channel: 1 (the first: TCGA-FG-6692_native has no t1c)",)
     assert len(nifti_tree(real_data / "nifti_glioma_4ch", ("t1",)).rows) == 2
-    assert len(nifti_tree(real_data / "nifti_glioma_4ch").rows) == 6
+    with pytest.raises(InputError, match="look like volumes of one case: stack them with --channels"):
+        nifti_tree(real_data / "nifti_glioma_4ch")
 
 
 def test_real_chest_xrays(real_data):
@@ -339,3 +346,43 @@ def test_real_brain_mri_in_folders_and_in_a_table(real_data):
     assert Counter((row.split, row.label) for row in rows)[("train", "notumor")] == 152 and len(rows) == 711
     rows = table(real_data / "brain_mri_t1ce_3class", Path("labels.csv"), "label", patient_column="pseudo_group")
     assert Counter(row.label for row in rows) == {"glioma": 182, "pituitary": 126, "meningioma": 98}
+
+
+def test_folders_below_classes_are_patients_where_there_are_enough(tmp_path):
+    touch(tmp_path / "a", *(f"{name}/p{number}/{image}.png" for name in ("cat", "dog") for number in range(3) for image in range(2)))
+    assert {row.patient for row in image_folder(tmp_path / "a")} == {"p0", "p1", "p2"}
+    touch(tmp_path / "b", "COVID/images/1.png", "COVID/images/2.png", "Normal/images/1.png", "Normal/masks/1.png")
+    assert {row.patient for row in image_folder(tmp_path / "b")} == {None}
+    touch(tmp_path / "c", *(f"train/cat/p{number}/1.png" for number in range(3)), "train/cat/2.png")
+    assert {row.patient for row in image_folder(tmp_path / "c")} == {None}
+
+
+def test_folders_of_nnu_net_are_no_classes(tmp_path):
+    folder = touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    with pytest.raises(InputError, match="imagesTr is no class"):
+        nifti_tree(folder)
+
+
+def test_tables_with_other_separators_are_named(tmp_path):
+    folder = touch(tmp_path, "1.png")
+    for separator, name in {";": "semicolons", "\t": "tabs"}.items():
+        with pytest.raises(InputError, match=f"separated by {name}: save it with commas"):
+            table(folder, lines(folder, separator.join(["file", "label"]), separator.join(["1.png", "cat"])), "label")
+
+
+def test_a_file_of_another_kind_is_not_called_missing(tmp_path):
+    folder = touch(tmp_path, "1.png", "x/2.dcm")
+    with pytest.raises(InputError, match='image "2.dcm" is no kind of file that this --source reads'):
+        table(folder, lines(folder, "file,label", "2.dcm,cat"), "label")
+
+
+def test_an_empty_split_is_left_to_be_divided(tmp_path):
+    folder = touch(tmp_path, "1.png", "2.png")
+    rows = table(folder, lines(folder, "file,label,fold", "1.png,cat,test", "2.png,cat,"), "label", split_column="fold")
+    assert [row.split for row in rows] == ["test", None]
+
+
+def test_one_wrong_flag_is_not_taken_for_a_name(tmp_path):
+    folder = touch(tmp_path, "1.png", "2.png", "3.png")
+    with pytest.raises(InputError, match='line 3: "edema" is "maybe"; 0 or 1 is expected'):
+        findings_table(folder, lines(folder, "file,edema", "1.png,0.0", "2.png,maybe", "3.png,1"), ("edema",))

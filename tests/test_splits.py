@@ -102,8 +102,8 @@ def test_wrong_fractions_are_refused_by_the_name_of_their_flag(fractions):
 def test_overlap_tells_how_many_patients_and_what_to_do():
     patients = ["a", "a", "b", "b", "c", "c", "d", "d", "e"]
     splits = ["train", "test"] * 4 + ["test"]
-    with pytest.raises(InputError, match=r"4 of 5 patients .*\(a, b, c, \.\.\.\).*--split_column"):
-        check_patient_overlap(patients, splits)
+    with pytest.raises(InputError, match=r"4 of 5 patients .*\(the first: 0.png in train, 1.png in test\).*--split_column"):
+        check_patient_overlap(patients, splits, [f"{row}.png" for row in range(9)])
     check_patient_overlap(["a", "a", "b"], ["train", "train", "test"])
 
 

@@ -76,6 +76,11 @@ def array_names(path: Path) -> list[str]:
         return _names(archive)
 
 
+def array_shape(path: Path, member: str) -> tuple[int, ...]:
+    """The shape of an npz's array, from its header."""
+    return _open_member(path, member, path.stat().st_mtime_ns).shape
+
+
 def _names(archive: zipfile.ZipFile) -> list[str]:
     return [name.removesuffix(".npy") for name in archive.namelist()]
 

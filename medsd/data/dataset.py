@@ -4,6 +4,8 @@ An image is stored as a struct of bytes, shape and dtype, because that keeps the
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,16 +119,18 @@ def load_info(folder_or_hub_id: str | Path) -> DataInfo:
 def load_dataset(folder_or_hub_id: str | Path, split: str | None = None, streaming: bool = False) -> Any:
     """Prepared data as `datasets` gives it, with `image` (and `mask`) decoded to arrays `(C, H, W)` in the source's unit.
 
-    With `streaming`, an `IterableDataset` that reads shard after shard, from a folder or from the Hub, and keeps nothing.
-    Raises InputError where the folder is not a prepared one or has no such split.
+    With `streaming`, an `IterableDataset` that reads shard after shard, from a folder or from the Hub, and keeps nothing; it has
+    no `features`, so the class names are those of `load_info`.
+    Raises InputError where the folder is not a prepared one, is damaged, or has no such split.
     """
     import datasets
 
-    load_info(folder_or_hub_id)
-    try:
+    splits = available_splits(folder_or_hub_id)
+    if split is not None and split not in splits:
+        hint = "prepare it with other --split_fractions, or with images for that split"
+        raise InputError(f"{folder_or_hub_id} has no {split} split, only {', '.join(splits)}: {hint}")
+    with _undamaged(folder_or_hub_id):
         loaded = datasets.load_dataset(str(folder_or_hub_id), split=split, streaming=streaming)
-    except ValueError as error:
-        raise InputError(f"{folder_or_hub_id}: {error}") from error
     return loaded.map(_decode, batched=True, batch_size=STREAM_BATCH) if streaming else loaded.with_transform(_decode)
 
 
@@ -135,12 +139,26 @@ def available_splits(folder_or_hub_id: str | Path) -> list[str]:
     import datasets
 
     load_info(folder_or_hub_id)
-    names = datasets.get_dataset_split_names(str(folder_or_hub_id))
+    with _undamaged(folder_or_hub_id):
+        names = datasets.get_dataset_split_names(str(folder_or_hub_id))
     return [split for split in SPLITS if split in names]
 
 
+@contextmanager
+def _undamaged(folder_or_hub_id: str | Path) -> Iterator[None]:
+    """Turn what `datasets` raises for shards that it cannot read into an InputError."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (DatasetsError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder_or_hub_id} cannot be read ({reason}): prepare it anew with --overwrite, or download it again") from error
+
+
 def _decode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    decoded = {column: [unpack(stored) for stored in batch[column]] for column in ("image", "mask") if column in batch}
+    there = [column for column in ("image", "mask") if column in batch]
+    decoded = {column: [None if stored is None else unpack(stored) for stored in batch[column]] for column in there}
     return batch | decoded
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from medsd.data.duplicates import hashes_both_ways, thumbnail
-from medsd.data.files import is_nifti, read_file, read_frames, readable
+from medsd.data.files import is_nifti, read_frames, read_mask, readable
 from medsd.data.geometry import fit_square, without_padding
-from medsd.data.image import Header, SourceImage
-from medsd.data.intensity import percentile_range
+from medsd.data.image import Header, SourceImage, common_kind
+from medsd.data.intensity import foreground, percentile_range
 from medsd.data.metadata import Facts
 from medsd.data.nifti import Volume, read_volume
 from medsd.data.rows import Row
@@ -22,6 +22,8 @@ from medsd.errors import InputError
 
 QUANTILES = (0.0, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.9975, 0.999, 1.0)
 """Kept of an MR slice, so that the percentiles of its series can be told."""
+MOST_OFFSET = 1.0
+"""Voxels by which a corner of two stacked volumes may differ."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Decoded:
     mask: np.ndarray | None = None
     """`(1, R, R)` of labels."""
     findings: tuple[str, ...] = ()
+    """What the mask says, where the collection is labelled by its masks."""
     spacing: list[float] | None = None
     """(row, column) in mm after resizing."""
     height: float | None = None
@@ -56,6 +59,9 @@ class Decoded:
     ranges: list[float] | None = None
     """low, high of each channel: percentiles of its volume."""
     quantiles: list[float] | None = None
+    """Of the foreground of an MR slice."""
+    foreground: int = 0
+    """Pixels that the quantiles are of."""
     content: np.ndarray | None = None
     """The image without its padding and its mask channel: what makes it look like another one."""
     mask_labels: list[float] = field(default_factory=list)
@@ -82,12 +88,15 @@ def decode_row(row: Row, options: DecodeOptions) -> Iterator[Decoded]:
 
 
 def _image(row: Row, source: SourceImage, number: int, options: DecodeOptions) -> Decoded:
-    mask = read_file(row.mask).pixels[:1] if row.mask else None
+    mask = read_mask(row.mask) if row.mask else None
     if mask is not None and mask.shape[1:] != source.pixels.shape[1:]:
         raise InputError(f"{row.mask.name}: a mask of {mask.shape[1:]} pixels for an image of {source.pixels.shape[1:]}")
-    quantiles = np.quantile(source.pixels, QUANTILES).tolist() if source.header.modality == "MR" else None
     decoded = _fitted(source.pixels, mask, source.header, options)
-    decoded.frame, decoded.quantiles, decoded.findings = number, quantiles, row.findings or _by_mask(mask, options)
+    decoded.frame, decoded.findings = number, _by_mask(mask, options)
+    if source.header.modality == "MR":
+        shown = foreground(source.pixels)
+        shown = shown if shown.size else source.pixels.ravel()[:1]
+        decoded.foreground, decoded.quantiles = shown.size, np.quantile(shown, QUANTILES).tolist()
     return decoded
 
 
@@ -98,6 +107,8 @@ def _slices(row: Row, options: DecodeOptions) -> Iterator[Decoded]:
     for path, volume in zip([*row.files[1:], *([row.mask] if row.mask else [])], [*volumes[1:], *([mask] if mask else [])], strict=True):
         if volume.voxels.shape[1:] != first.voxels.shape[1:]:
             raise InputError(f"{path.name}: {volume.voxels.shape[1:]} voxels beside {first.voxels.shape[1:]} of {row.file.name}")
+        if volume.voxels_from(first) > MOST_OFFSET:
+            raise InputError(f"{path.name} lies elsewhere in space than {row.file.name}: save them on one grid, with one affine")
     ranges = [end for volume in volumes for channel in volume.voxels for end in percentile_range(channel)]
     header = Header(pixel_spacing=first.pixel_spacing(options.axis), facts=Facts(view=options.axis))
     for index in np.flatnonzero(_wanted(row, first, mask, options)).tolist():
@@ -105,7 +116,7 @@ def _slices(row: Row, options: DecodeOptions) -> Iterator[Decoded]:
         pixels = np.concatenate([_same_kind(volume.slice(options.axis, index), volumes) for volume in volumes])
         decoded = _fitted(pixels, labels, header, options)
         decoded.frame, decoded.ranges = index, ranges
-        decoded.findings = row.findings or _by_mask(labels, options)
+        decoded.findings = _by_mask(labels, options)
         decoded.height = index / max(1, first.depth("axial") - 1) if options.axis == "axial" else None
         yield decoded
 
@@ -130,7 +141,7 @@ def _wanted(row: Row, volume: Volume, mask: Volume | None, options: DecodeOption
 
 def _same_kind(pixels: np.ndarray, volumes: list[Volume]) -> np.ndarray:
     """Pixels in a type that holds the values of all channels."""
-    return pixels.astype(np.result_type(*(volume.voxels.dtype for volume in volumes)))
+    return pixels.astype(common_kind(*(volume.voxels for volume in volumes)))
 
 
 def _fitted(pixels: np.ndarray, mask: np.ndarray | None, header: Header, options: DecodeOptions) -> Decoded:
@@ -144,7 +155,7 @@ def _fitted(pixels: np.ndarray, mask: np.ndarray | None, header: Header, options
     if not options.mask_channel:
         decoded.mask = labels
         return decoded
-    decoded.image = np.concatenate([image, labels.astype(np.result_type(image, labels))], dtype=np.result_type(image, labels))
+    decoded.image = np.concatenate([image, labels], dtype=common_kind(image, labels), casting="same_kind")
     decoded.mask_labels = np.unique(labels).tolist()
     return decoded
 

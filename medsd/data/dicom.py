@@ -24,6 +24,8 @@ PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 NEEDED = ("Rows", "Columns")
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 MOST_FRAMES = 20_000
+LEAST_UPRIGHT = 0.8
+"""Cosine of the angle between an axial slice's normal and the body's axis."""
 BURNED_IN_MODALITIES = frozenset({"US", "IVUS", "ES", "XC", "OT", "SC", "ECG", "GM", "DOC"})
 """Kinds of image that often carry a patient's name in their pixels."""
 UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, NotImplementedError)
@@ -162,7 +164,10 @@ def _inverted(pixels: np.ndarray, header: Header) -> tuple[np.ndarray, Header]:
 def dicom_header(dataset: Any, number: int = 0) -> Header:
     """The allow-listed facts of frame `number`; an element that cannot be understood is as good as absent."""
     frame_item = _group(dataset, number, "FrameContentSequence")
-    instance = _text(frame_item, "InStackPositionNumber") if frame_item is not None else _text(dataset, "InstanceNumber")
+    single = int(_text(dataset, "NumberOfFrames") or 1) == 1
+    instance = (
+        _text(frame_item, "InStackPositionNumber") if frame_item is not None else _text(dataset, "InstanceNumber") if single else None
+    )
     known = instance is not None and re.fullmatch(r"-?[0-9]{1,9}", instance)
     return Header(
         patient=_text(dataset, "PatientID"),
@@ -214,10 +219,11 @@ def _spacing(dataset: Any, number: int) -> tuple[float, float] | None:
 
 
 def _position(dataset: Any, number: int) -> float | None:
-    """Distance of the slice along its own normal, which orders a series whatever its tilt and spacing."""
+    """Height of an axial slice along its own normal, whatever its tilt and spacing; None for another plane."""
     corner = _numbers(_group(dataset, number, "PlanePositionSequence") or dataset, "ImagePositionPatient", 3)
     turn = _numbers(_group(dataset, number, "PlaneOrientationSequence") or dataset, "ImageOrientationPatient", 6)
-    return float(np.cross(turn[:3], turn[3:]) @ corner) if corner and turn else None
+    normal = np.cross(turn[:3], turn[3:]) if corner and turn else np.zeros(3)
+    return float(normal @ corner * np.sign(normal[2])) if abs(normal[2]) > LEAST_UPRIGHT else None
 
 
 def _voi(dataset: Any, number: int) -> tuple[float, float] | None:

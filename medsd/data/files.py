@@ -22,7 +22,7 @@ from medsd.errors import InputError
 RASTER_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"})
 RASTER_FORMATS = ("PNG", "TIFF", "JPEG", "BMP")
 """What Pillow may take a file for, whatever its suffix says; it knows some fifty kinds, one of which runs Ghostscript."""
-DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima", ".seg", ""})
+DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima", ".seg"})
 MOST_FILE_BYTES = 4 * MOST_BYTES
 """`read_image` stacks the frames of a file up to this size."""
 BITS_PER_SAMPLE, PHOTOMETRIC, SUBFILE_TYPE, SAMPLE_FORMAT = 258, 262, 254, 339
@@ -35,8 +35,18 @@ def is_raster(path: Path) -> bool:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether the name can be that of a DICOM file: its suffix, none, or a UID."""
-    return path.suffix.lower() in DICOM_SUFFIXES or path.suffix[1:].isdigit()
+    """Whether a file can be a DICOM image: by its suffix, or without one (or with a number, the end of a UID) by its first bytes."""
+    if path.suffix.lower() in DICOM_SUFFIXES:
+        return True
+    return (not path.suffix or path.suffix[1:].isdigit()) and path.name != "DICOMDIR" and _has_preamble(path)
+
+
+def _has_preamble(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def is_nifti(path: Path) -> bool:
@@ -86,6 +96,19 @@ def read_file(path: Path, array: str | None = None, index: int | None = None) ->
     if len(frames) != 1:
         raise InputError(f"{path.name}: {len(frames)} frames in one file; one is expected here")
     return frames[0]
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Labels `(1, H, W)` of a mask; those of a palette image are its indices.
+
+    Raises InputError as `read_file` does, and for a mask in colours.
+    """
+    with readable(path):
+        labels = next(_raster_frames(path, colours=False)).pixels if is_raster(path) and path.is_file() else None
+    labels = read_file(path).pixels if labels is None else labels
+    if len(labels) != 1:
+        raise InputError(f"{path.name}: a mask of {len(labels)} channels; one grey value per label is expected")
+    return labels
 
 
 def read_frames(path: Path, array: str | None = None, index: int | None = None) -> Iterator[SourceImage]:
@@ -177,10 +200,12 @@ class _Quiet:
 _quiet = _Quiet()
 
 
-def _raster_frames(path: Path) -> Iterator[SourceImage]:
+def _raster_frames(path: Path, colours: bool = True) -> Iterator[SourceImage]:
+    """Frames of a PNG, TIFF, JPEG or BMP; without `colours`, indices stand for those of a palette."""
     from PIL import Image, ImageSequence
 
-    with Image.open(path, formats=RASTER_FORMATS) as image:
+    # From a stream, since Pillow maps a file that it is given by name and then takes a turned TIFF's sides for each other.
+    with path.open("rb") as stream, Image.open(stream, formats=RASTER_FORMATS) as image:
         # The further images of a JPEG (MPO) are previews and gain maps of the first.
         for frame in [image] if image.format == "MPO" else ImageSequence.Iterator(image):
             check_size((frame.height, frame.width, len(frame.getbands())), 4)
@@ -189,7 +214,7 @@ def _raster_frames(path: Path) -> Iterator[SourceImage]:
                 continue
             _check_depth(frame, tags)
             unsigned = frame.mode == "I" and tags.get(SAMPLE_FORMAT, (1,))[0] == 1 and tags.get(BITS_PER_SAMPLE) == (32,)
-            yield SourceImage(pixels_of(frame, np.uint32 if unsigned else None))
+            yield SourceImage(pixels_of(frame, np.uint32 if unsigned else None, colours))
 
 
 def _check_depth(image: Any, tags: Any) -> None:
@@ -201,16 +226,17 @@ def _check_depth(image: Any, tags: Any) -> None:
         raise InputError("a TIFF of more than 8 bits in which 0 is white, which Pillow does not turn: save it with 0 as black")
 
 
-def pixels_of(image: Any, kind: type | None = None) -> np.ndarray:
-    """A PIL image of any mode -> `(C, H, W)` with its own depth, turned as its EXIF says; palettes become colour.
+def pixels_of(image: Any, kind: type | None = None, colours: bool = True) -> np.ndarray:
+    """A PIL image of any mode -> `(C, H, W)` with its own depth, turned as its EXIF says; transparency is dropped.
 
-    `kind` is the type that 32 bits stand for where it is not Pillow's own, int32.
+    `kind` is the type that 32 bits stand for where it is not Pillow's own, int32. Palettes become colour unless `colours` is false.
     """
     from PIL import ImageOps
 
     image = ImageOps.exif_transpose(image)
-    if image.mode in {"P", "PA", "CMYK", "YCbCr", "LAB", "HSV"}:
+    if image.mode in {"PA", "CMYK", "YCbCr", "LAB", "HSV"} or (image.mode == "P" and colours):
         image = image.convert("RGB")
     pixels = np.asarray(image)
+    pixels = pixels[..., :-1] if image.mode in {"LA", "La", "RGBA", "RGBa"} else pixels
     pixels = pixels.view(kind) if kind else pixels
     return channels_first(pixels.astype(np.uint8) * 255 if pixels.dtype == bool else narrow(pixels))

@@ -34,6 +34,16 @@ REASONS = (
 """What a quarantine outside the private folder may say."""
 
 
+PRIVATE_FILES = frozenset({"keys.parquet", "quarantine.jsonl", "salt.json"})
+DATA_FILES = frozenset(
+    {
+        *("data", INFO_FILE, "summary.json", "quarantine.jsonl", "duplicates.jsonl", "contact_sheet.png"),
+        *("README.md", ".gitattributes", ".git", ".cache", ".DS_Store"),
+    }
+)
+"""What a data set's folder holds, and what the Hub and systems add."""
+
+
 @dataclass
 class DataFolder:
     """A prepared folder and its private one in the making; both appear under their names only when they are complete."""
@@ -59,9 +69,10 @@ class DataFolder:
         _write_lines(made / "duplicates.jsonl", self.hits)
         self._sheet(staging).save(made / "contact_sheet.png")
         private = self.output_dir.with_name(self.output_dir.name + ".private")
-        replace_folder(self._private(private), private)
+        made_private = self._private(private)
         shutil.rmtree(staging.folder)  # Before the end, so that no kill leaves source ids behind a finished folder.
         (made / "plan").unlink()
+        replace_folder(made_private, private)
         replace_folder(made, self.output_dir)
         return summary
 
@@ -142,11 +153,11 @@ class DataFolder:
         made.chmod(0o700)
         columns = {
             "key": self.plan.keys,
-            "file": [str(row.file) for row in self.plan.rows],
+            "file": [_readable(str(row.file)) for row in self.plan.rows],
             "frame": [
                 row.index if row.index is not None else frame for row, frame in zip(self.plan.rows, self.plan.column("frame"), strict=True)
             ],
-            "patient": self.plan.source_patients,
+            "patient": [_readable(patient) for patient in self.plan.source_patients],
             "sop_uid": self.plan.column("sop_uid"),
         }
         pyarrow.parquet.write_table(pyarrow.table(columns), made / "keys.parquet", compression="zstd")
@@ -154,6 +165,23 @@ class DataFolder:
         _write_lines(made / "quarantine.jsonl", lines)
         _write_json(made / "salt.json", {"name": self.salt_name})
         return made
+
+
+def check_folders(output_dir: Path, overwrite: bool) -> None:
+    """Raise InputError for what a new data set would replace and must not: others' files, and keys that no `overwrite` gives up."""
+    private = output_dir.with_name(output_dir.name + ".private")
+    for folder, own in ((output_dir, DATA_FILES), (private, PRIVATE_FILES)):
+        foreign = sorted(file.name for file in folder.iterdir() if file.name not in own) if folder.is_dir() else []
+        if foreign:
+            raise InputError(f"{folder} holds {foreign[0]}, which is not of a data set: move it away, or choose another --output_dir")
+    unfinished = output_dir.with_name(f".{output_dir.name}.partial").is_dir()
+    if private.is_dir() and any(private.iterdir()) and not (overwrite or output_dir.is_dir() or unfinished):
+        raise InputError(f"{private} has the keys of a data set that is elsewhere: move it there, or give it up with --overwrite")
+
+
+def _readable(name: str) -> str:
+    """A name whose bytes need not be UTF-8, as text."""
+    return name.encode(errors="replace").decode()
 
 
 def _typed(values: list[Any], schema: Any, name: str) -> Any:

@@ -1,6 +1,11 @@
 """How an image becomes a square of the wanted side: shrunk by area averaging, never enlarged, padded with background."""
 
+import math
+
 import numpy as np
+
+MOST_PIXELS = 2**15
+"""In a block, so that the sum of 16-bit values stays below 2**31."""
 
 
 def fit_square(
@@ -33,13 +38,13 @@ def shrink(image: np.ndarray, height: int, width: int, nearest: bool = False) ->
         return image
     blocks = (image.shape[-2] // height, image.shape[-1] // width)
     exact = image.shape[-2] == height * blocks[0] and image.shape[-1] == width * blocks[1]
-    if exact and not nearest and np.issubdtype(image.dtype, np.integer) and image.dtype.itemsize <= 2:
+    if exact and not nearest and math.prod(blocks) <= MOST_PIXELS and np.issubdtype(image.dtype, np.integer) and image.dtype.itemsize <= 2:
         return _block_means(image, *blocks)
     return _resample(image, height, width, nearest)
 
 
 def _block_means(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Means of whole blocks, rounded half to even as `numpy.rint` does, in integer arithmetic."""
+    """Means of whole blocks of up to `MOST_PIXELS`, summed as integers and rounded to the nearest."""
     total = np.zeros((*image.shape[:-2], image.shape[-2] // rows, image.shape[-1] // columns), np.int32)
     for row in range(rows):
         for column in range(columns):

@@ -9,6 +9,8 @@ from medsd.errors import InputError
 
 MOST_BYTES = 2**30
 """A frame that would be larger than this is refused before it is decoded."""
+MOST_CHANNELS = 8
+"""Of an image or a volume; a longer axis is space or time."""
 LARGEST = 1e30
 """Pixels of this size are no measurement, and float32 ends not far above."""
 
@@ -54,15 +56,20 @@ def check_size(shape: tuple[int, ...], item_bytes: int) -> None:
 
 
 def channels_first(pixels: np.ndarray) -> np.ndarray:
-    """`(H, W)` or `(H, W, C)` -> `(C, H, W)`; transparency is dropped, equal colour channels are one grey channel."""
+    """`(H, W)`, `(H, W, C)` or `(C, H, W)` with C up to `MOST_CHANNELS` -> `(C, H, W)`; equal colour channels are one grey channel."""
     if pixels.ndim == 2:
         return pixels[None]
-    if pixels.ndim != 3:
-        raise InputError(f"an image of shape {pixels.shape}; (H, W) or (H, W, C) is expected")
-    planes = np.moveaxis(pixels, -1, 0)
-    planes = planes[:-1] if len(planes) in {2, 4} else planes
+    if pixels.ndim != 3 or min(pixels.shape[0], pixels.shape[-1]) > MOST_CHANNELS:
+        raise InputError(f"an image of shape {pixels.shape}; (H, W), (H, W, C) or (C, H, W) is expected, C up to {MOST_CHANNELS}")
+    planes = np.moveaxis(pixels, -1, 0) if pixels.shape[-1] <= MOST_CHANNELS else pixels
     grey = len(planes) == 3 and (planes[0] == planes[1]).all() and (planes[0] == planes[2]).all()
     return np.ascontiguousarray(planes[:1] if grey else planes)
+
+
+def common_kind(*arrays: np.ndarray) -> np.dtype:
+    """The type that holds the values of all; where no type of 32 bits does, float32."""
+    kind = np.result_type(*arrays)
+    return kind if kind.itemsize <= 4 else np.dtype(np.float32)
 
 
 def narrow(pixels: np.ndarray) -> np.ndarray:

@@ -223,10 +223,15 @@ def percentile_range(values: np.ndarray) -> tuple[float, float]:
         # Such a step would visit some columns of the volume and never the others.
         step += 1
     voxels = values.ravel()[::step]
-    found, counts = np.unique(voxels, return_counts=True)
-    foreground = voxels[voxels != found[counts.argmax()]]
-    low, high = np.percentile(foreground, PERCENTILES) if foreground.size else (found[0], found[0])
-    return (float(low), float(high)) if low < high else (float(found[0]), float(found[-1]))
+    shown = foreground(voxels)
+    low, high = np.percentile(shown, PERCENTILES) if shown.size else (0.0, 0.0)
+    return (float(low), float(high)) if low < high else (float(voxels.min()), float(voxels.max()))
+
+
+def foreground(values: np.ndarray) -> np.ndarray:
+    """`(N,)` the values that are not the most common one."""
+    found, counts = np.unique(values, return_counts=True)
+    return values[values != found[counts.argmax()]]
 
 
 def parse_windows(names: tuple[str, ...]) -> Windows:
@@ -256,8 +261,8 @@ def _parse_window(name: str) -> tuple[float, float]:
         centre, width = map(float, name.split("/"))
     except ValueError:
         raise InputError(f'--windows "{name}": expected one of {", ".join(CT_WINDOWS)} or CENTRE/WIDTH such as 40/80') from None
-    if width <= 0:
-        raise InputError(f'--windows "{name}": the width must be above 0')
+    if not width > 0 or not math.isfinite(centre + width):
+        raise InputError(f'--windows "{name}": a number and a width above 0 are expected')
     return centre, width
 
 

@@ -13,12 +13,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from medsd.data.image import check_size, narrow
+from medsd.data.image import MOST_CHANNELS, check_size, narrow
 from medsd.errors import InputError
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
-MOST_CHANNELS = 8
-"""A fourth axis up to this long is read as channels; a longer one is time, which is not read."""
 MOST_EXTENSION_BYTES = 2**26
 """Voxels that begin later in the file are not looked for."""
 LEAST_DETERMINANT = 1e-3
@@ -35,6 +33,8 @@ class Volume:
 
     voxels: np.ndarray
     spacing: tuple[float, float, float]
+    affine: np.ndarray
+    """`(4, 4)` from voxels to mm."""
 
     def slices(self, axis: str) -> Iterator[np.ndarray]:
         """Images `(C, H, W)` across `axis`, from the lowest (axial), the back (coronal) or the left (sagittal).
@@ -49,6 +49,11 @@ class Volume:
         """Image `(C, H, W)` number `index` across `axis`."""
         plane = np.take(self.voxels, index, axis=AXES[axis] + 1)
         return np.ascontiguousarray(plane[:, ::-1, ::-1].swapaxes(1, 2))
+
+    def voxels_from(self, other: "Volume") -> float:
+        """Largest distance, in voxels, between a corner of this volume and that of another of the same shape."""
+        corners = np.array([(*np.multiply(place, np.array(self.voxels.shape[1:]) - 1), 1) for place in np.ndindex(2, 2, 2)])
+        return float(np.abs((corners @ (self.affine - other.affine).T)[:, :3]).max() / min(self.spacing))
 
     def depth(self, axis: str) -> int:
         """Number of slices across `axis`."""
@@ -87,7 +92,7 @@ def read_volume(path: Path) -> Volume:
     voxels = np.asarray(image.dataobj)
     del content
     voxels = narrow(np.moveaxis(voxels, -1, 0) if voxels.ndim == 4 else voxels[None])
-    return Volume(voxels, tuple(nibabel.affines.voxel_sizes(image.affine).tolist()))
+    return Volume(voxels, tuple(nibabel.affines.voxel_sizes(image.affine).tolist()), image.affine)
 
 
 def volume_shape(path: Path) -> tuple[int, ...]:

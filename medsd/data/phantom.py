@@ -5,6 +5,7 @@
 
 import csv
 import hashlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from medsd.errors import InputError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+
+KINDS = ("dicom", "masks")
 
 
 def write_phantom(folder: Path, patients: int = 500, slices: int = 6, size: int = 128, seed: int = 0) -> Path:
@@ -37,6 +40,13 @@ def write_phantom(folder: Path, patients: int = 500, slices: int = 6, size: int 
     return table
 
 
+def is_phantom(folder: Path) -> bool:
+    """Whether a folder holds nothing but a phantom, whole or not."""
+    patients = [child.name for kind in KINDS if (folder / kind).is_dir() for child in (folder / kind).iterdir()]
+    known = {*KINDS, "labels.csv", "labels.csv.unfinished"}
+    return all(child.name in known for child in folder.iterdir()) and all(re.fullmatch(r"PH\d{5}", name) for name in patients)
+
+
 def _labels(seed: int, count: int) -> list[str]:
     """Independent of everything else that is drawn from the seed."""
     rng = stream_of(seed, 0, 0, 1)
@@ -47,7 +57,7 @@ def _write_patient(folder: Path, seed: int, patient: int, labels: list[str], siz
     from PIL import Image
 
     name, rows = f"PH{patient:05d}", []
-    for kind in ("dicom", "masks"):
+    for kind in KINDS:
         (folder / kind / name).mkdir(parents=True, exist_ok=True)
     header = _header(seed, patient, name, size)
     for index, label in enumerate(labels):

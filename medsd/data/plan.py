@@ -14,7 +14,7 @@ import numpy as np
 
 from medsd.data.dataset import DataInfo
 from medsd.data.decode import QUANTILES, DecodeOptions
-from medsd.data.intensity import PERCENTILES, IntensityMap, Labels, Range, Recorded, Stack, parse_windows
+from medsd.data.intensity import PERCENTILES, IntensityMap, Labels, Range, Recorded, Stack, Windows, label_channels, parse_windows
 from medsd.data.metadata import FACT_COLUMNS, Facts, slice_position
 from medsd.data.prompts import NO_FINDING, class_prompts, class_tokens, prompt_of
 from medsd.data.rows import Row
@@ -24,8 +24,12 @@ from medsd.errors import InputError
 if TYPE_CHECKING:
     import pyarrow
 
+MODALITIES = frozenset({"CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "SM", "OP", "OCT", "SEG", "RTDOSE"})
+"""What a summary may say; a header can hold anything."""
 XRAY = frozenset({"CR", "DX", "MG", "RG", "RF", "XA", "PX", "IO"})
 MOST_MASK_LABELS = 64
+FEW_CLASSES = 5
+"""Classes that are never taken for patients."""
 DEFAULT_TEMPLATE = "a medical image of {label}"
 
 
@@ -101,7 +105,7 @@ class Plan:
 
 def salted(salt: bytes, text: str) -> str:
     """The hash that stands for an id."""
-    return hmac.new(salt, text.encode(), hashlib.sha256).hexdigest()[:16]
+    return hmac.new(salt, text.encode(errors="surrogateescape"), hashlib.sha256).hexdigest()[:16]
 
 
 def make_plan(table: "pyarrow.Table", all_rows: Sequence[Row], salt: bytes) -> Plan:
@@ -116,7 +120,7 @@ def make_plan(table: "pyarrow.Table", all_rows: Sequence[Row], salt: bytes) -> P
         table=table,
         rows=rows,
         keys=[salted(salt, _name(row, frame)) for row, frame in zip(rows, frames, strict=True)],
-        findings=[row.findings or found for row, found in zip(rows, staged, strict=True)],
+        findings=[row.findings or found for row, found in zip(rows, staged, strict=True)],  # Of a row, or of its mask: never both.
         patients=[hashed[source] for source in sources],
         source_patients=list(sources),
         rules=list(rules),
@@ -131,6 +135,17 @@ def _patient(row: Row, patient: str | None, study: str | None, series: str | Non
 
 def _name(row: Row, frame: int | None) -> str:
     return f"{row.name}#{frame}" if frame else row.name
+
+
+def check_names(rows: Sequence[Row], options: PrepareOptions) -> None:
+    """Raise InputError, before anything is decoded, for classes that no data set can have."""
+    found = {name for row in rows for name in row.findings}
+    unknown = sorted(found.difference(options.class_names or found))
+    if unknown:
+        raise InputError(f"class {unknown[0]} is in the labels and not in --class_names: add it, or drop its images")
+    class_tokens(sorted(found))
+    given = [row for row in rows if row.patient and row.split]
+    check_patient_overlap([row.patient for row in given], [row.split for row in given], [row.name for row in given])
 
 
 def assign_splits(plan: Plan, options: PrepareOptions) -> None:
@@ -154,7 +169,7 @@ def assign_splits(plan: Plan, options: PrepareOptions) -> None:
             open_rows, split_patients([plan.patients[i] for i in open_rows], labels, scaled, options.seed), strict=True
         ):
             plan.splits[index] = split
-    check_patient_overlap(plan.patients, plan.splits)
+    check_patient_overlap(plan.patients, plan.splits, plan.names())
 
 
 def _stratum(plan: Plan) -> np.ndarray:
@@ -169,12 +184,13 @@ def _stratum(plan: Plan) -> np.ndarray:
     return flags
 
 
-def describe(plan: Plan, options: PrepareOptions, salt: bytes) -> DataInfo:
+def describe(plan: Plan, options: PrepareOptions) -> DataInfo:
     """`medsd.json` of the data set."""
     class_names = _class_names(plan, options)
     tokens = class_tokens(class_names)
     image_channels = _channels(plan)
     is_ct = set(plan.column("modality")) == {"CT"}
+    _check_windows(plan, options)
     intensity = _intensity(plan, options, is_ct, image_channels)
     intensity.channels(image_channels)
     fingerprints = plan.column("fingerprint")
@@ -190,7 +206,7 @@ def describe(plan: Plan, options: PrepareOptions, salt: bytes) -> DataInfo:
         resolution=options.resolution,
         resize=options.resize,
         image_channels=image_channels,
-        unit="HU" if is_ct else "grey value",
+        unit="HU" if is_ct or isinstance(options.intensity, Windows) else "grey value",
         fingerprint=hashlib.sha256("\n".join(content).encode()).hexdigest(),
         multi_label=options.multi_label,
     )
@@ -199,15 +215,34 @@ def describe(plan: Plan, options: PrepareOptions, salt: bytes) -> DataInfo:
 def _class_names(plan: Plan, options: PrepareOptions) -> list[str]:
     """In the wanted order; a class of one label an image that no image has is left out."""
     found = {name for names in plan.findings for name in names}
-    unknown = sorted(found - set(options.class_names or found))
+    unknown = sorted(found.difference(options.class_names or found))
     if unknown:
-        raise InputError(f"class {unknown[0]} is in the labels and not in --class_names: add it, or drop its images")
+        raise InputError(f"class {unknown[0]} of the masks is not in --class_names: add it")
     if not options.multi_label and not all(plan.findings):
         raise InputError("some images have no label: give them one, or add --multi_label if none of the findings may hold")
+    if not options.class_names and not options.multi_label:
+        _check_classes(plan)
     chosen = [name for name in options.class_names or sorted(found) if name in found or options.multi_label]
     if not chosen:
         raise InputError("no image has a label: name the column with --label_column")
     return chosen
+
+
+def _check_classes(plan: Plan) -> None:
+    """Refuse classes that must be patients: many of them, and no more than a patient or two in each."""
+    names = sorted({names[0] for names in plan.findings})
+    patients = len(set(plan.patients))
+    if len(names) >= FEW_CLASSES and 2 * len(names) >= patients:
+        raise InputError(
+            f"{len(names)} classes ({', '.join(names[:3])}, ...) for {patients} patients: are these patients? Name the column of the"
+            " class with --label_column, or the classes with --class_names if that is what they are"
+        )
+
+
+def _check_windows(plan: Plan, options: PrepareOptions) -> None:
+    """Refuse windows for what cannot hold HU."""
+    if isinstance(options.intensity, Windows) and set(plan.column("dtype")) == {"uint8"}:
+        raise InputError("--windows are in HU, and these are grey values of 8 bits: leave the flag away")
 
 
 def _channels(plan: Plan) -> int:
@@ -231,7 +266,7 @@ def _intensity(plan: Plan, options: PrepareOptions, is_ct: bool, channels: int) 
 
 def _default_intensity(plan: Plan, is_ct: bool, channels: int) -> IntensityMap:
     """CT windows, percentiles per volume (MRI), the VOI window (X-ray), 8 bits, or the full range of the training images."""
-    ranges = image_ranges(plan)
+    ranges = image_ranges(plan, channels)
     modalities = set(plan.column("modality"))
     if is_ct:
         return parse_windows(("brain", "subdural", "bone"))
@@ -251,26 +286,35 @@ def _default_intensity(plan: Plan, is_ct: bool, channels: int) -> IntensityMap:
     return Range(low, high)
 
 
-def image_ranges(plan: Plan) -> list[list[float] | None]:
-    """low, high of each channel of every image: of its volume or series (MRI), or its VOI window (X-ray); None where unknown."""
+def image_ranges(plan: Plan, channels: int) -> list[list[float] | None]:
+    """low, high of each of an image's channels: of its volume or series (MRI), or its VOI window (X-ray); None where unknown."""
     series = _series_ranges(plan)
     columns = zip(plan.column("ranges"), plan.column("voi"), plan.column("modality"), plan.column("series"), strict=True)
-    return [found or (list(voi) if voi and modality in XRAY else series.get(name)) for found, voi, modality, name in columns]
+    return [
+        found or (list(voi) if voi and modality in XRAY else series.get(name, [])) * channels or None
+        for found, voi, modality, name in columns
+    ]
 
 
 def _series_ranges(plan: Plan) -> dict[str | None, list[float]]:
-    """Percentiles of each MR series, from the quantiles of its slices: the mean of their distribution functions, inverted."""
-    slices: dict[str | None, list[list[float]]] = {}
-    for name, quantiles in zip(plan.column("series"), plan.column("quantiles"), strict=True):
+    """Percentiles of each MR series, from the quantiles of its slices' foreground: the mean of their distribution functions, inverted."""
+    slices: dict[str | None, list[tuple[list[float], int]]] = {}
+    for name, quantiles, pixels in zip(plan.column("series"), plan.column("quantiles"), plan.column("foreground"), strict=True):
         if quantiles:
-            slices.setdefault(name, []).append(quantiles)
+            slices.setdefault(name, []).append((quantiles, pixels))
     wanted = np.array(PERCENTILES) / 100
     ranges = {}
     for name, found in slices.items():
-        values = np.unique(found)
-        share = np.mean([np.interp(values, quantiles, QUANTILES) for quantiles in found], axis=0)
-        ranges[name] = np.interp(wanted, share, values).tolist()
+        values = np.unique([quantiles for quantiles, _ in found])
+        share = np.average([_distribution(values, quantiles) for quantiles, _ in found], axis=0, weights=[pixels for _, pixels in found])
+        ranges[name] = np.interp(wanted, share.ravel(), np.repeat(values, 2)).tolist()
     return ranges
+
+
+def _distribution(values: np.ndarray, quantiles: list[float]) -> np.ndarray:
+    """Shares `(N, 2)` of a slice's pixels that are below each value, and below or equal to it."""
+    below = 1 - np.interp(-values, -np.array(quantiles[::-1]), 1 - np.array(QUANTILES[::-1]))
+    return np.stack([below, np.interp(values, quantiles, QUANTILES)], 1)
 
 
 def final_columns(plan: Plan, info: DataInfo, options: PrepareOptions, salt: bytes) -> dict[str, list[Any]]:
@@ -304,7 +348,8 @@ def final_columns(plan: Plan, info: DataInfo, options: PrepareOptions, salt: byt
     else:
         columns["label"] = [order[found[0]] for found in plan.findings]
     if is_recorded(info.intensity):
-        columns["intensity_range"] = [_with_mask(found, info.image_channels) for found in image_ranges(plan)]
+        masks = label_channels(info.intensity_map, info.image_channels)
+        columns["intensity_range"] = [_with_masks(found, masks) for found in image_ranges(plan, info.image_channels - masks)]
     return columns
 
 
@@ -313,10 +358,9 @@ def is_recorded(intensity: dict[str, Any]) -> bool:
     return "'recorded'" in repr(intensity)
 
 
-def _with_mask(ranges: list[float], channels: int) -> list[list[float]]:
-    """`(C, 2)`, with a range of no meaning for a mask channel."""
-    pairs = np.array(ranges).reshape(-1, 2).tolist()
-    return pairs + [[0.0, 1.0]] * (channels - len(pairs))
+def _with_masks(ranges: list[float], masks: int) -> list[list[float]]:
+    """`(C, 2)`, with a range of no meaning for each mask channel."""
+    return np.array(ranges).reshape(-1, 2).tolist() + [[0.0, 1.0]] * masks
 
 
 def _facts(plan: Plan) -> list[Facts]:
@@ -360,5 +404,6 @@ def summarise(plan: Plan, info: DataInfo) -> dict[str, Any]:
         "patient_rule": dict(Counter(plan.rules)),
         "longest_side": max(plan.column("side")),
         "burned_in_text_possible": sum(plan.column("burned_in")),
+        "modalities": dict(Counter(name if name in MODALITIES else "other" for name in sorted(map(str, plan.column("modality"))))),
         "fingerprint": info.fingerprint,
     }

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from medsd.data.files import is_dicom
-from medsd.data.folder import DataFolder
+from medsd.data.folder import DataFolder, check_folders
 from medsd.data.intensity import Windows
 from medsd.data.leakage import count_kinds, deduplicate
-from medsd.data.plan import PrepareOptions, assign_splits, describe, final_columns, make_plan
+from medsd.data.plan import PrepareOptions, assign_splits, check_names, describe, final_columns, make_plan
 from medsd.data.rows import Row
 from medsd.data.sources import table
 from medsd.data.staging import Staging, write_block
@@ -46,9 +46,11 @@ def prepare(
     """
     if not rows:
         raise InputError("no image was found: nothing to prepare")
+    check_names(rows, options)
     staging_dir = output_dir.with_name(f".{output_dir.name}.staging")
     with _alone(staging_dir):
-        check_output(output_dir, overwrite, [row.file for row in rows])
+        check_output(output_dir, overwrite, [row.file for row in rows], replaces="data")
+        check_folders(output_dir, overwrite)
         volumes = any(len(row.files) > 1 or row.file.name.endswith((".nii", ".nii.gz")) for row in rows)
         staging = Staging(staging_dir, rows, options.decode, VOLUMES_PER_BLOCK if volumes else IMAGES_PER_BLOCK)
         with WorkerPool(options.num_workers, options.seconds_per_file, options.worker_memory) as pool:
@@ -58,7 +60,7 @@ def prepare(
                 raise InputError("no file could be read: nothing to prepare")
             assign_splits(plan, options)
             plan, hits, dropped = deduplicate(plan, staging, options.duplicates)
-            info = describe(plan, options, salt)
+            info = describe(plan, options)
             made = DataFolder(output_dir, plan, info, final_columns(plan, info, options, salt), hits, refused, salt, salt_name)
             summary = made.write(
                 staging, pool, {"quarantined": len(refused), "duplicates": count_kinds(hits), "duplicates_dropped": dropped}
@@ -74,6 +76,8 @@ def prepare_phantom(output_dir: Path, options: PrepareOptions, source_dir: Path 
     from medsd.data import phantom
 
     source_dir = source_dir or output_dir.with_name(f"phantom_dicom_{options.seed}")
+    if source_dir.is_dir() and not phantom.is_phantom(source_dir):
+        raise InputError(f"--data_dir {source_dir} holds files that are no phantom's: say with --source what they are")
     labels = source_dir / "labels.csv"
     if not labels.is_file():
         phantom.write_phantom(source_dir, seed=options.seed)

@@ -71,10 +71,11 @@ class Collection:
 
 
 def images_below(folder: Path, accepts: Accepts) -> list[Path]:
-    """Image files below a folder, in order, without hidden ones."""
+    """Image files below a folder, in order, without hidden ones and those in hidden folders."""
     if not folder.is_dir():
         raise InputError(f"--data_dir {folder}: no such folder")
-    return sorted(file for file in folder.rglob("*") if accepts(file) and not file.name.startswith(".") and file.is_file())
+    found = (file for file in folder.rglob("*") if accepts(file) and file.is_file())
+    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def words_of(name: str) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from medsd.data.dataset import pack, unpack
 from medsd.data.geometry import shrink
 from medsd.data.intensity import IntensityMap
-from medsd.data.staging import read_columns, settle
+from medsd.data.staging import read_places, settle
 
 if TYPE_CHECKING:
     import pyarrow
@@ -65,8 +65,8 @@ def write_shard(
 
 def _pixels(folder: Path, block: int, lines: Sequence[dict[str, Any]], with_mask: bool) -> list[dict[str, Any]]:
     """The stored structs of some places of a block."""
-    table = read_columns(folder / f"block-{block:06d}.arrow", ["image", "mask"] if with_mask else ["image"])
-    return table.take([line["place"] for line in lines]).to_pylist()
+    names = ["image", "mask"] if with_mask else ["image"]
+    return read_places(folder / f"block-{block:06d}.arrow", names, [line["place"] for line in lines])
 
 
 def _columns(line: dict[str, Any], pixels: dict[str, Any], intensity: IntensityMap, channels: int) -> dict[str, Any]:

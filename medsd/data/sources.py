@@ -11,31 +11,46 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from medsd.data.arrays import array_names, read_array
+from medsd.data.arrays import array_names, array_shape, read_array
 from medsd.data.files import is_nifti, is_raster, readable
+from medsd.data.image import MOST_CHANNELS
 from medsd.data.rows import SPLIT_NAMES, Accepts, Collection, Row, images_below, relative, split_name, stem_of, words_of
-from medsd.data.tables import Columns, Findings, Index, is_flag, join, one_class, read_table
+from medsd.data.tables import Columns, Findings, Index, holds_names, join, one_class, read_table
 from medsd.errors import InputError
 
 FLAT_CLASS = "image"
 """The class of images without any."""
 MASK = "mask"
 MASK_WORDS = ("seg", "mask", "segm", "segmentation", "label")
+CHANNEL_WORDS = frozenset({*MASK_WORDS, "t1", "t1w", "t1n", "t1c", "t1ce", "t1gd", "t2", "t2w", "t2f", "flair", "fla", "dwi", "adc"})
+"""Words by which the volumes of one case are told apart."""
+NNUNET_FOLDERS = frozenset({"imagesTr", "labelsTr", "imagesTs", "labelsTs", "imagesVal", "labelsVal"})
+LEAST_PATIENTS = 3
+"""One for each split; COVID/images and COVID/masks are no patients."""
 
 
 def image_folder(folder: Path, accepts: Accepts = is_raster) -> list[Row]:
     """`FOLDER/CLASS/...` or `FOLDER/train|val|test/CLASS/...`: a row per file, labelled by its folder.
 
-    Where no folders but images lie in FOLDER (or in a split's folder), these are of the one class `image`.
+    Where no folders but images lie in FOLDER (or in a split's folder), these are of the one class `image`. Where all images lie
+    in three or more folders below their classes, `CLASS/PATIENT/1.png`, these are the patients.
     """
     parts = _subfolders(folder)
     splits = [part for part in parts if part.name.lower() in SPLIT_NAMES]
     if not splits:
-        return _classes(folder, folder, accepts, None)
+        return _with_patients(_classes(folder, folder, accepts, None), 1)
     if len(splits) < len(parts):
         other = next(part.name for part in parts if part not in splits)
         raise InputError(f"{folder} holds {splits[0].name} and {other}: folders are either splits or classes; move the others away")
-    return [row for part in parts for row in _classes(folder, part, accepts, SPLIT_NAMES[part.name.lower()])]
+    return _with_patients([row for part in parts for row in _classes(folder, part, accepts, SPLIT_NAMES[part.name.lower()])], 2)
+
+
+def _with_patients(rows: list[Row], depth: int) -> list[Row]:
+    """Rows with the folder at `depth` of their names as patient, where every name is that deep and there are enough folders."""
+    parts = [PurePosixPath(row.name).parts for row in rows]
+    if any(len(names) < depth + 2 for names in parts) or len({names[depth] for names in parts}) < LEAST_PATIENTS:
+        return rows
+    return [replace(row, patient=names[depth]) for row, names in zip(rows, parts, strict=True)]
 
 
 def table(
@@ -70,7 +85,7 @@ def findings_table(
     """
     lines = read_table(folder, labels)
     columns = Columns(label_columns, image_column, patient_column, split_column, mask_column)
-    named = len(label_columns) == 1 and any(not is_flag(line.get(label_columns[0], "")) for line in lines)
+    named = len(label_columns) == 1 and holds_names(line.get(label_columns[0], "") for line in lines)
     rule = Findings(uncertain, named)
     rows = join(Index(_file_rows(folder, accepts), folder), lines, labels.name, columns, rule)
     if not rows:
@@ -95,6 +110,7 @@ def nifti_tree(
     last. Cases with a mask and neither table nor class folders are labelled by their mask, slice by slice.
     """
     if channels is None and labels is None:
+        _check_single_volumes(folder)
         return Collection(image_folder(folder, is_nifti))
     rows, notes = (_file_rows(folder, is_nifti), ()) if channels is None else _cases(folder, channel_words(channels))
     if labels is None:
@@ -137,11 +153,6 @@ def npz(path: Path, class_names: Sequence[str] | None = None) -> Collection:
     return Collection(rows, tuple(names) if names else None, multi_label)
 
 
-def medmnist(path: Path, class_names: Sequence[str] | None = None) -> list[Row]:
-    """The rows of `npz`."""
-    return npz(path, class_names).rows
-
-
 def single_npz(path: Path) -> Path:
     """The file itself, or the only npz in a folder."""
     if path.is_file():
@@ -169,6 +180,20 @@ def channel_words(channels: Sequence[str]) -> dict[str, tuple[str, ...]]:
     if MASK in words and (len(words) == 1 or list(words)[-1] != MASK):
         raise InputError(f"--channels {' '.join(channels)}: the mask is a last channel, behind at least one image; put it last")
     return words
+
+
+def _check_single_volumes(folder: Path) -> None:
+    """Refuse folders of channels and masks where each volume would be taken for a case of its own."""
+    for case, files in volumes_by_folder(folder).items():
+        where = relative(case, folder) if case != folder else str(folder)
+        if case.name in NNUNET_FOLDERS:
+            raise InputError(f"{where} is no class: give each case a folder of its own with image and mask, and name them with --channels")
+        words = {word for file in files for word in CHANNEL_WORDS.intersection(words_of(stem_of(file.name)))}
+        if len(words) > 1:
+            chosen = " ".join([*sorted(words.difference(MASK_WORDS)), *([MASK] if words.intersection(MASK_WORDS) else [])])
+            raise InputError(
+                f"{where}: {', '.join(sorted(words))} look like volumes of one case: stack them with --channels {chosen}, or some"
+            )
 
 
 def _cases(folder: Path, words: dict[str, tuple[str, ...]]) -> tuple[list[Row], tuple[str, ...]]:
@@ -231,7 +256,14 @@ def _npz_labels(file: Path) -> dict[str, np.ndarray]:
         lacking = next((split for split in splits if f"{split}_labels" not in names), None)
         if lacking is not None:
             raise InputError(f"{lacking}_images has no {lacking}_labels beside it")
+        for split in splits:
+            _check_images(array_shape(file, f"{split}_images"), split)
         return {split: _labels(read_array(file, f"{split}_labels"), split) for split in splits}
+
+
+def _check_images(shape: tuple[int, ...], split: str) -> None:
+    if len(shape) not in {3, 4} or (len(shape) == 4 and shape[-1] > MOST_CHANNELS):
+        raise InputError(f"{split}_images has the shape {shape}: 2-D images (N, H, W) or (N, H, W, C) are expected, no volumes")
 
 
 def _labels(values: np.ndarray, split: str) -> np.ndarray:
@@ -267,10 +299,12 @@ def _classes(root: Path, folder: Path, accepts: Accepts, split: str | None) -> l
     if empty == FLAT_CLASS and not (folder / empty).is_dir():
         raise InputError(f"{folder}: no folders and no images in it; one folder per class is expected, or images alone")
     if empty is not None:
-        raise InputError(f"class {empty}: no image in {relative(folder / empty, root)}; fill the folder or remove it")
-    return [
-        Row(name=relative(file, root), files=(file,), findings=(name,), split=split) for name, files in classes.items() for file in files
-    ]
+        other = next((file.name for file in sorted((folder / empty).rglob("*")) if file.is_file()), None)
+        there = f" that this --source reads ({other} is none)" if other else ""
+        raise InputError(
+            f"class {empty}: no image{there} in {relative(folder / empty, root)}; fill the folder, remove it, or change --source"
+        )
+    return [Row(relative(file, root), (file,), (name,), split=split) for name, files in classes.items() for file in files]
 
 
 def _file_rows(folder: Path, accepts: Accepts) -> list[Row]:

@@ -66,6 +66,8 @@ def nested_subset(patients: Sequence[str], labels: Sequence[int] | np.ndarray, f
     """
     if not 0 < fraction <= 1:
         raise InputError(f"a subset of {fraction} of the patients: above 0 and at most 1 is expected")
+    if len(patients) == 0:
+        raise InputError("a subset of no patients: the split is empty")
     names, patient_of = np.unique(np.asarray(patients, str), return_inverse=True)
     counts = _counts(patient_of, _indicators(labels))
     has = counts > 0
@@ -80,10 +82,10 @@ def nested_subset(patients: Sequence[str], labels: Sequence[int] | np.ndarray, f
     return np.flatnonzero(chosen[patient_of])
 
 
-def check_patient_overlap(patients: Sequence[str], splits: Sequence[str]) -> None:
+def check_patient_overlap(patients: Sequence[str], splits: Sequence[str], names: Sequence[str] | None = None) -> None:
     """Refuse patients whose rows lie in several splits.
 
-    `patients` are the salted hashes, one per row: the message shows up to three.
+    `patients` are the salted hashes, one per row; `names` are what the message calls rows, to show two of one patient.
 
     Raises:
         InputError: a patient is in more than one split.
@@ -93,10 +95,11 @@ def check_patient_overlap(patients: Sequence[str], splits: Sequence[str]) -> Non
         found[patient].add(split)
     shared = sorted(patient for patient, where in found.items() if len(where) > 1)
     if shared:
-        some = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
+        first = {split: row for row, (patient, split) in enumerate(zip(patients, splits, strict=True)) if patient == shared[0]}
+        some = ", ".join(f"{names[row]} in {split}" for split, row in first.items()) if names else shared[0]
         raise InputError(
-            f"{len(shared)} of {len(found)} patients are in several splits ({some}): give all rows of a "
-            "patient one value in --split_column, or leave that flag out to split by patient."
+            f"{len(shared)} of {len(found)} patients are in several splits (the first: {some}): give all images of a patient one split,"
+            " or leave given splits away (--split_column, train and test folders) to split by patient"
         )
 
 

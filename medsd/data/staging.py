@@ -24,6 +24,9 @@ from medsd.errors import InputError
 if TYPE_CHECKING:
     import pyarrow
 
+DECODERS = ("medsd", "pydicom", "python-gdcm", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "nibabel", "pillow", "numpy")
+PASSING = ("took longer than", "needs more memory", "ended the decoder", "(OSError")
+"""Refusals for reasons that need not hold at another time."""
 HEAVY = frozenset({"image", "mask", "thumbnail"})
 """Columns that are read only where they are needed."""
 BATCH_BYTES = 2**24
@@ -38,6 +41,7 @@ def schema() -> "pyarrow.Schema":
     array = pa.struct({"bytes": pa.binary(), "shape": pa.list_(pa.int32()), "dtype": pa.string()})
     texts = ("patient", "study", "series", "sop_uid", "modality", *FACT_COLUMNS, "fingerprint", "dtype")
     numbers = {"row": pa.int32(), "frame": pa.int32(), "instance_number": pa.int32(), "channels": pa.int32(), "side": pa.int32()}
+    numbers["foreground"] = pa.int32()
     reals = ("position", "height", "low", "high")
     lists = ("spacing", "voi", "ranges", "quantiles", "mask_labels")
     return pa.schema(
@@ -116,6 +120,7 @@ def _columns(number: int, decoded: Decoded) -> dict[str, Any]:
         "voi": header.voi,
         "ranges": decoded.ranges,
         "quantiles": decoded.quantiles,
+        "foreground": decoded.foreground,
         "mask_labels": decoded.mask_labels,
         "findings": decoded.findings,
         "burned_in": header.burned_in,
@@ -145,11 +150,15 @@ class Staging:
             for old in [*folder.glob("block-*"), *folder.glob("shard-*")]:
                 old.unlink()
             note.write_text(wanted)
+        for block in self.blocks():
+            refusals = self.path(block).with_suffix(".json")
+            if self.finished(block) and any(reason in refusals.read_text() for reason in PASSING):
+                self.path(block).unlink()
 
     def _fingerprint(self) -> str:
         """sha256 over versions, options and each row's place and files, with their sizes and times."""
-        versions = [version(name) for name in ("medsd", "pydicom", "nibabel", "pillow", "numpy")]
-        digest = hashlib.sha256(json.dumps([asdict(self.options), self.block_rows, versions]).encode())
+        versions = [version(name) for name in DECODERS]
+        digest = hashlib.sha256(json.dumps([asdict(self.options), self.block_rows, versions, str(schema())]).encode())
         for row in self.rows:
             files = [*row.files, *([row.mask] if row.mask else [])]
             known = [(str(file), *_stamp(file)) for file in files]
@@ -197,6 +206,21 @@ def read_columns(path: Path, names: Sequence[str]) -> "pyarrow.Table":
 
     with pa.memory_map(str(path)) as stream:
         return pa.ipc.open_file(stream).read_all().select(list(names))
+
+
+def read_places(path: Path, names: Sequence[str], places: Sequence[int]) -> list[dict[str, Any]]:
+    """Some columns of some rows of a block, batch by batch, so that no more than one is in memory."""
+    import pyarrow as pa
+
+    found, first = {}, 0
+    with pa.OSFile(str(path)) as stream:
+        reader = pa.ipc.open_file(stream, options=pa.ipc.IpcReadOptions(included_fields=[schema().get_field_index(name) for name in names]))
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            inside = [place for place in places if first <= place < first + len(batch)]
+            found |= zip(inside, batch.take([place - first for place in inside]).to_pylist(), strict=True) if inside else ()
+            first += len(batch)
+    return [found[place] for place in places]
 
 
 def _stamp(file: Path) -> tuple[int, int]:

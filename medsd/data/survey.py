@@ -11,7 +11,7 @@ import numpy as np
 
 from medsd.data.decode import DecodeOptions
 from medsd.data.files import is_dicom, is_nifti, is_raster, readable
-from medsd.data.plan import PrepareOptions
+from medsd.data.plan import PrepareOptions, check_names
 from medsd.data.rows import Row
 from medsd.data.staging import read_columns, write_block
 from medsd.data.workers import Job, WorkerPool
@@ -50,6 +50,7 @@ def survey(rows: Sequence[Row], options: PrepareOptions) -> Survey:
     """Read every header, decode `SAMPLE` rows, and write nothing."""
     from tqdm import tqdm
 
+    check_names(rows, options)
     facts: dict[int, HeaderFacts | str] = {}
     with WorkerPool(options.num_workers, options.seconds_per_file, options.worker_memory) as pool:
         for start in range(0, len(rows), ROWS_PER_JOB):
@@ -97,6 +98,8 @@ def read_headers(rows: Sequence[tuple[int, Row]], broken: dict[int, str], axis: 
 def _header(row: Row, axis: str) -> HeaderFacts:
     if not row.file.is_file():
         raise InputError(f"{row.file.name}: no such file")
+    if row.mask is not None and not row.mask.is_file():
+        raise InputError(f"{row.mask.name}: no such file")
     with readable(row.file):
         if is_nifti(row.file):
             from medsd.data.nifti import AXES, volume_shape

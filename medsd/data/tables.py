@@ -72,7 +72,7 @@ def join(index: "Index", lines: list[dict[str, str]], name: str, columns: Column
 
 def _filled(row: Row, folder: Path, line: dict[str, str], columns: Columns, findings: tuple[str, ...], facts: Facts, where: str) -> Row:
     patient = line[columns.patient].strip() or None if columns.patient else None
-    split = split_name(line[columns.split], where) if columns.split else None
+    split = split_name(line[columns.split], where) if columns.split and line[columns.split].strip() else None
     mask = folder / line[columns.mask] if columns.mask and line[columns.mask] else row.mask
     return replace(row, findings=findings, patient=patient, split=split, mask=mask, facts=facts)
 
@@ -126,6 +126,12 @@ def is_flag(cell: str) -> bool:
     return cell.strip().lower() in YES_NO.keys() | UNCERTAIN
 
 
+def holds_names(cells: Iterable[str]) -> bool:
+    """Whether a column holds names of findings rather than yes and no: it does where most cells that say anything are no flags."""
+    said = [cell.strip().lower() for cell in cells if cell.strip().lower() not in UNCERTAIN]
+    return 0 < len(said) >= 2 * sum(cell in YES_NO for cell in said)
+
+
 class Index:
     """Rows by path, by name and by stem; a name that several share is refused."""
 
@@ -143,8 +149,14 @@ class Index:
         if self.counts[name] > 1:
             raise InputError(f'{where}: {self.counts[name]} files are called "{name}"; give their paths relative to --data_dir')
         if name not in self.names:
-            raise InputError(f'{where}: image "{name}" is not below {self.folder}; drop the line or add the file')
+            raise InputError(f'{where}: image "{name}" {self._missing(name)}')
         return self.names[name]
+
+    def _missing(self, name: str) -> str:
+        """What is wrong with a file that is not among the rows, and what to do."""
+        if any(file.name == PurePosixPath(name).name for file in self.folder.rglob("*")):
+            return "is no kind of file that this --source reads: csv reads PNG, TIFF, JPEG, BMP and NIfTI, dicom reads DICOM"
+        return f"is not below {self.folder}; drop the line or add the file"
 
 
 def find_table(folder: Path, labels: Path) -> Path:
@@ -178,6 +190,9 @@ def read_lines(file: Path) -> list[dict[str, str]]:
         lines = [{key: value or "" for key, value in line.items() if key is not None} for line in csv.DictReader(stream)]
     if not lines:
         raise InputError(f"--labels {file}: no line in it")
+    separator = next((sign for sign in ";\t" if len(lines[0]) == 1 and sign in next(iter(lines[0]))), None)
+    if separator:
+        raise InputError(f"--labels {file} is separated by {'semicolons' if separator == ';' else 'tabs'}: save it with commas")
     if any("\0" in cell for line in lines for cell in line.values()):
         raise InputError(f"--labels {file}: a byte 0 in a cell; save it as comma-separated UTF-8")
     return lines

@@ -142,17 +142,19 @@ def recorded_ranges(dataset: Any) -> np.ndarray | None:
 
 
 def row_classes(dataset: Any) -> np.ndarray:
-    """The class index of every row `(N,)`; where several findings can hold, the number of the row's set of findings."""
+    """The class index of every row `(N,)`; where several of K findings can hold, the rarest that does, and K where none does."""
     if "labels" not in dataset.column_names:
         return column(dataset, "label").to_numpy()
-    return np.unique(_findings(column(dataset, "labels")), axis=0, return_inverse=True)[1].reshape(-1)
+    findings = _findings(column(dataset, "labels"))
+    counts = np.where(findings > 0, findings.sum(0), len(findings) + 1)
+    return np.where(findings.any(1), counts.argmin(1), findings.shape[1])
 
 
 class TrainingOrder:
     """Endless batches of row indices; which rows batch n holds depends on (seed, n, rank) alone, so any step can be resumed.
 
     `natural` visits every row once an epoch; `balanced` draws each class equally often, `sqrt` in proportion to the
-    square root of its count, with replacement. `labels` are those of `row_classes`: each set of findings counts as a class.
+    square root of its count, with replacement. `labels` are those of `row_classes`.
     """
 
     def __init__(
