@@ -24,9 +24,12 @@ from pydicom.uid import (
 )
 
 from medsd.data import phantom
+from medsd.data.dataset import load_dataset
 from medsd.data.decode import DecodeOptions
 from medsd.data.files import read_file, read_frames, read_image
+from medsd.data.intensity import percentile_range
 from medsd.data.phantom_anatomy import slice_image
+from medsd.data.prepare import PrepareOptions, prepare
 from medsd.data.rows import Row
 from medsd.data.staging import Staging, write_block
 from medsd.data.workers import Job, WorkerPool
@@ -520,3 +523,29 @@ def test_frames_are_not_numbered_by_their_file(tmp_path):
     assert [frame.header.instance_number for frame in read_frames(tmp_path / "a.dcm")] == [None] * 3
     dicom(tmp_path / "b.dcm", image16(), InstanceNumber=7)
     assert read_file(tmp_path / "b.dcm").header.instance_number == 7
+
+
+def mr_series(folder, voxels):
+    """A file per slice of `(N, H, W)` or `(N, H, W, 3)`, in one MR series."""
+    for number, pixels in enumerate(voxels):
+        colour = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0} if voxels.ndim == 4 else {}
+        elements = {"Modality": "MR", "SeriesInstanceUID": "1.2.3", "PatientID": "p", "InstanceNumber": number + 1} | colour
+        dicom(folder / f"{number}.dcm", pixels, **elements)
+    return [Row(f"{number}.dcm", (folder / f"{number}.dcm",), ("a",)) for number in range(len(voxels))]
+
+
+def test_ranges_of_a_series_are_those_of_the_same_volume(tmp_path):
+    """Nearly: a series' percentiles are told from its slices' quantiles."""
+    draws = np.random.default_rng(0)
+    voxels = np.where(draws.random((8, 64, 64)) < 0.6, 0, draws.gamma(4, 60, (8, 64, 64))).astype(np.uint16)
+    prepare(mr_series(tmp_path, voxels), tmp_path / "data", PrepareOptions(32, duplicates="keep", num_workers=0), b"salt" * 4, "test")
+    low, high = load_dataset(tmp_path / "data", "train")["intensity_range"][0][0]
+    expected = percentile_range(voxels)
+    assert (low, high) == (pytest.approx(expected[0], abs=3), pytest.approx(expected[1], rel=0.02))
+
+
+def test_every_channel_of_a_coloured_series_has_its_range(tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
+    prepare(mr_series(tmp_path, voxels), tmp_path / "data", PrepareOptions(32, duplicates="keep", num_workers=0), b"salt" * 4, "test")
+    ranges = np.array(load_dataset(tmp_path / "data", "train")["intensity_range"])
+    assert ranges.shape == (7, 3, 2) and (ranges == ranges[0, 0]).all() and ranges[0, 0, 1] > 250

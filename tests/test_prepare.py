@@ -344,3 +344,27 @@ def test_names_that_are_no_text_are_prepared(tmp_path):
     first.rename(os.fsdecode(os.fsencode(first.parent) + b"/\xff.png"))
     summary = prepare(image_folder(folder), tmp_path / "data", OPTIONS, SALT, "test")
     assert sum(summary["images"].values()) == len(list(folder.rglob("*.png")))
+
+
+def test_what_a_table_tells_is_checked_before_anything_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr("medsd.data.staging.decode_row", lambda *_: pytest.fail("decoded"))
+    rows = image_folder(images(tmp_path / "scans"))
+    for wrong, message in {
+        tuple(replace(row, patient="one", split=("train", "test")[number % 2]) for number, row in enumerate(rows)): "in several splits",
+        tuple(replace(row, findings=(("a", "A ")[number % 2],)) for number, row in enumerate(rows)): "share the class token",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            prepare(wrong, tmp_path / "data", OPTIONS, SALT, "test")
+    with pytest.raises(InputError, match="not in --class_names"):
+        prepare(rows, tmp_path / "data", replace(OPTIONS, class_names=("benign",)), SALT, "test")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_damaged_or_lacking_split_is_one_line(tmp_path):
+    prepare(image_folder(images(tmp_path / "scans")), tmp_path / "data", replace(OPTIONS, split_fractions=(0, 0.5, 0.5)), SALT, "test")
+    with pytest.raises(InputError, match="has no train split, only validation, test"):
+        load_dataset(tmp_path / "data", "train")
+    shard = next((tmp_path / "data" / "data").glob("test-*"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot be read .*: prepare it anew"):
+        load_dataset(tmp_path / "data", "test")

@@ -434,6 +434,7 @@ def test_every_row_is_trained_on_its_own_prompt_and_range(findings_data, tmp_pat
     assert table[:6] == load_info(findings_data).with_words().prompts and table[-1] == "" and table[6:-1] == sorted(table[6:-1])
     assert "a head CT with epidural and subdural, 60-69 years, female" not in table[:6]
     order = TrainingOrder(row_classes(rows), 4)
+    assert len(numbers) == 2
     for indices, batch, own in zip(order, numbers, ranges[-2:], strict=False):
         np.testing.assert_array_equal(own, recorded_ranges(rows)[indices])
         words = [rows[index]["prompt"].replace("<", "").replace(">", "") for index in indices]
