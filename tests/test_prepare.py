@@ -1,6 +1,7 @@
 """From files to a data folder: geometry, splits, privacy, refusals."""
 
 import csv
+import io
 import json
 import os
 import stat
@@ -16,8 +17,9 @@ from medsd.config import PrepareDataConfig, parse
 from medsd.data.dataset import load_dataset, load_info
 from medsd.data.files import is_raster
 from medsd.data.geometry import fit_square
-from medsd.data.intensity import parse_windows
+from medsd.data.intensity import Range, parse_windows
 from medsd.data.prepare import PrepareOptions, load_salt, prepare, prepare_phantom
+from medsd.data.shards import panels_of
 from medsd.data.sources import image_folder, npz, table
 from medsd.data.splits import SPLITS
 from medsd.data.transforms import TrainingOrder, shift
@@ -368,3 +370,12 @@ def test_a_damaged_or_lacking_split_is_one_line(tmp_path):
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(InputError, match="cannot be read .*: prepare it anew"):
         load_dataset(tmp_path / "data", "test")
+
+
+def test_the_contact_sheet_shows_channels_and_masks(tmp_path):
+    unit = np.stack([np.full((8, 8), value) for value in (-1.0, 0.0, 1.0, -1.0)])
+    mask = np.array([[[0, 4]]], np.uint8).repeat(8, 1).repeat(4, 2)
+    panels = panels_of(((unit + 1) * 50).astype(np.uint8), mask, Range(0, 100), None)
+    greys = [np.asarray(Image.open(io.BytesIO(panel))) for panel in panels]
+    assert [grey.mean().round(-1) for grey in greys] == [0, 130, 260, 0, 130] and greys[4][:, :4].max() < 9
+    assert len(panels_of(np.zeros((3, 8, 8), np.uint8), None, Range(0, 100), None)) == 1

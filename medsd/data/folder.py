@@ -14,13 +14,15 @@ from medsd.data.dataset import INFO_FILE, DataInfo, data_features, unpack
 from medsd.data.plan import Plan, is_recorded, salted, summarise
 from medsd.data.prompts import NO_FINDING
 from medsd.data.rows import Row
-from medsd.data.shards import SHEET_COLUMNS, SHEET_ROWS, contact_sheet, preview_of, rows_per_shard, write_shard
+from medsd.data.shards import SHEET_COLUMNS, SHEET_ROWS, contact_sheet, panels_of, rows_per_shard, write_shard
 from medsd.data.splits import SPLITS
-from medsd.data.staging import Staging, read_columns
+from medsd.data.staging import Staging, read_places
 from medsd.data.workers import Job, WorkerPool
 from medsd.errors import InputError
 from medsd.runtime import partial_folder, replace_folder
 
+LEAST_SHOWN = 2
+"""Images of a class on the contact sheet, however many panels each has."""
 REASONS = (
     "cannot be decoded",
     "needs more memory",
@@ -127,7 +129,7 @@ class DataFolder:
         return rows_per_shard(self.info.image_channels * self.info.resolution**2 * widest)
 
     def _sheet(self, staging: Staging) -> Any:
-        """Up to `SHEET_COLUMNS` images of each of the first `SHEET_ROWS` classes, evenly picked from the first split."""
+        """Panels of a few images of each of the first `SHEET_ROWS` classes, evenly picked from the first split."""
         classes: dict[str, list[int]] = {}
         split = next(split for split in SPLITS if split in self.plan.splits)
         for index, owner in enumerate(self.plan.splits):
@@ -136,14 +138,17 @@ class DataFolder:
         rows = []
         for name in sorted(classes)[:SHEET_ROWS]:
             members = classes[name]
-            picked = np.linspace(0, len(members) - 1, min(SHEET_COLUMNS, len(members))).astype(int)
-            rows.append((f"{name}: {len(members)} in {split}", [self._preview(staging, members[place]) for place in picked]))
+            panels = self._panels(staging, members[0])
+            count = min(max(LEAST_SHOWN, SHEET_COLUMNS // len(panels)), len(members))
+            picked = ((np.arange(count) + 0.5) * len(members) / count).astype(int)
+            rows.append((f"{name}: {len(members)} in {split}", [panel for at in picked for panel in self._panels(staging, members[at])]))
         return contact_sheet(rows)
 
-    def _preview(self, staging: Staging, index: int) -> bytes:
+    def _panels(self, staging: Staging, index: int) -> list[bytes]:
         ranges = self.columns["intensity_range"][index] if "intensity_range" in self.columns else None
-        stored = read_columns(staging.path(self.columns["block"][index]), ["image"])["image"][self.columns["place"][index]].as_py()
-        return preview_of(unpack(stored), self.info.intensity_map, np.array(ranges) if ranges else None)
+        (stored,) = read_places(staging.path(self.columns["block"][index]), ["image", "mask"], [self.columns["place"][index]])
+        mask = unpack(stored["mask"]) if stored["mask"] else None
+        return panels_of(unpack(stored["image"]), mask, self.info.intensity_map, np.array(ranges) if ranges else None)
 
     def _private(self, private: Path) -> Path:
         import pyarrow

@@ -81,13 +81,31 @@ def _columns(line: dict[str, Any], pixels: dict[str, Any], intensity: IntensityM
 
 def preview_of(image: np.ndarray, intensity: IntensityMap, ranges: np.ndarray | None) -> bytes:
     """8-bit JPEG thumbnail of the first channel in `[-1, 1]` (of all three where there are three)."""
-    from PIL import Image
+    unit = _small_unit(image, intensity, ranges)
+    return _jpeg(unit if len(unit) == 3 else unit[:1])
 
+
+def panels_of(image: np.ndarray, mask: np.ndarray | None, intensity: IntensityMap, ranges: np.ndarray | None) -> list[bytes]:
+    """Thumbnails of all that an image holds: itself, or each channel where no colours can show them; then its mask."""
+    unit = _small_unit(image, intensity, ranges)
+    panels = [unit] if len(unit) == 3 else list(unit[:, None])
+    if mask is not None:
+        labels, places = np.unique(mask, return_inverse=True)
+        panels.append(shrink(places.reshape(mask.shape) * (2 / max(1, len(labels) - 1)) - 1, *unit.shape[1:], nearest=True))
+    return [_jpeg(panel) for panel in panels]
+
+
+def _small_unit(image: np.ndarray, intensity: IntensityMap, ranges: np.ndarray | None) -> np.ndarray:
     scale = min(1.0, PREVIEW_SIDE / max(image.shape[1:]))
     small = shrink(image, *(max(1, round(side * scale)) for side in image.shape[1:]))
-    unit = np.asarray(intensity.to_unit(small.astype(np.float32), ranges))
-    grey = np.rint((unit + 1) * 127.5).astype(np.uint8)
-    stream = io.BytesIO()
+    return np.asarray(intensity.to_unit(small.astype(np.float32), ranges))
+
+
+def _jpeg(unit: np.ndarray) -> bytes:
+    """`(1, H, W)` or `(3, H, W)` in `[-1, 1]` as a JPEG."""
+    from PIL import Image
+
+    grey, stream = np.rint((unit + 1) * 127.5).astype(np.uint8), io.BytesIO()
     Image.fromarray(np.moveaxis(grey, 0, -1) if len(grey) == 3 else grey[0]).save(stream, "JPEG", quality=90, subsampling=0)
     return stream.getvalue()
 
@@ -96,11 +114,15 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[bytes]]]) -> "Image.Image":
     """A row of previews under each caption."""
     from PIL import Image, ImageDraw
 
-    caption, side = 16, PREVIEW_SIDE
-    sheet = Image.new("RGB", (SHEET_COLUMNS * (side + 2), max(1, len(rows)) * (side + caption + 2)), (32, 32, 32))
+    caption, side, columns = 16, PREVIEW_SIDE, max(SHEET_COLUMNS, *(len(previews) for _, previews in rows), 0)
+    sheet = Image.new("RGB", (columns * (side + 2), max(1, len(rows)) * (side + caption + 2)), (32, 32, 32))
     for index, (text, previews) in enumerate(rows):
         top = index * (side + caption + 2)
         ImageDraw.Draw(sheet).text((2, top + 2), text, fill=(255, 255, 255))
         for column, preview in enumerate(previews):
-            sheet.paste(Image.open(io.BytesIO(preview)).convert("RGB"), (column * (side + 2), top + caption))
+            image = Image.open(io.BytesIO(preview)).convert("RGB")
+            factor = max(1, side // max(image.size))
+            sheet.paste(
+                image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST), (column * (side + 2), top + caption)
+            )
     return sheet
