@@ -1,29 +1,22 @@
 """One flat dataclass per recipe; its flags and its YAML section are two spellings of the same fields.
 
-A *recipe config* is a dataclass below. `parse` reads `--config FILE.yaml` first and the flags after it, so flags win.
 `{name}` in a default folder stands for the YAML's stem, or `phantom` without one: this is how recipes find each
-other's folders. The parser is imported here and nowhere else.
+other's folders. `commandline` fills the fields.
 """
 
-import argparse
-import os
-import sys
-from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import ClassVar, Literal, TypeVar, get_type_hints
+from typing import ClassVar, Literal
 
 from medsd.errors import InputError
 
-USER_ERROR = 1
-USAGE_ERROR = 2
-INTERRUPTED = 130
 PHANTOM = "phantom"
 MAY_BE_ZERO = frozenset(
     {"seed", "num_workers", "dataloader_num_workers", "lr_warmup_steps", "random_shift", "validation_steps", "checkpointing_steps"}
 )
 
-Result = TypeVar("Result")
+RULES_WAIT: ContextVar[bool] = ContextVar("RULES_WAIT", default=False)
+"""While the parser builds a config, whose `check` is called after it."""
 
 
 @dataclass
@@ -37,6 +30,13 @@ class RecipeConfig:
             value = getattr(self, field.name)
             if value == field.default and isinstance(value, str):
                 setattr(self, field.name, value.replace("{name}", PHANTOM))
+        if not RULES_WAIT.get():
+            self.check()
+
+    def check(self) -> None:
+        """Raise InputError for a number out of range and for fields that contradict each other."""
+        for field in fields(self):
+            value = getattr(self, field.name)
             smallest = 0 if field.name in MAY_BE_ZERO else 1
             if isinstance(value, int) and not isinstance(value, bool) and value < smallest:
                 raise InputError(f"--{field.name} {value}: {smallest} or more is expected")
@@ -113,8 +113,8 @@ class PrepareDataConfig(RecipeConfig):
     confirm_public_data: bool = False
     """Say that this data set may be public; needed where the Hub repository is."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:  # noqa: D102
+        super().check()
         if self.prompt_template is not None and "{label}" not in self.prompt_template:
             raise InputError(f'--prompt_template "{self.prompt_template}" has no {{label}} in it')
         if self.source != "phantom" and self.data_dir is None:
@@ -218,8 +218,8 @@ class TrainingConfig(RecipeConfig):
     hub_private_repo: bool = True
     """Make the Hub repository private."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:  # noqa: D102
+        super().check()
         if self.push_to_hub and self.hub_model_id is None:
             raise InputError("--push_to_hub needs --hub_model_id user/name")
         if self.overwrite and self.resume_from_checkpoint:
@@ -276,8 +276,8 @@ class FinetuneUNetConfig(TrainingConfig):
     class_sampling: Literal["natural", "balanced", "sqrt"] = "natural"
     """How often each class (with several findings: an image's rarest) is drawn: as it comes, equally often, or between the two."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:  # noqa: D102
+        super().check()
         if self.pretrained_model_name_or_path and self.preset:
             raise InputError("--pretrained_model_name_or_path and --preset exclude each other: drop one")
         if self.rank and self.pretrained_model_name_or_path is None:
@@ -317,8 +317,8 @@ class FinetuneVAEConfig(TrainingConfig):
     decoder_only: bool = False
     """Train the decoder alone, so that latents keep their meaning for a pretrained UNet."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:  # noqa: D102
+        super().check()
         if self.pretrained_model_name_or_path and self.preset:
             raise InputError("--pretrained_model_name_or_path and --preset exclude each other: drop one")
         if self.decoder_only and self.pretrained_model_name_or_path is None:
@@ -388,99 +388,10 @@ class ClassifyConfig(RecipeConfig):
     overwrite: bool = False
     """Replace what is already in output_dir."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:  # noqa: D102
+        super().check()
         if not 0 < self.delta < 1:
             raise InputError(f"--delta {self.delta} is not between 0 and 1")
 
 
 RECIPES: tuple[type[RecipeConfig], ...] = (PrepareDataConfig, FinetuneVAEConfig, FinetuneUNetConfig, GenerateConfig, ClassifyConfig)
-
-
-Config = TypeVar("Config", bound=RecipeConfig)
-
-
-def parse(recipe: type[Config], argv: Sequence[str]) -> Config:
-    """Recipe config from `--config FILE.yaml` and flags.
-
-    Raises InputError for a mistake in the YAML or between fields; the parser itself exits with 2 for a flag it cannot read.
-    """
-    import tyro
-
-    flags, path = _split_config_flag(argv)
-    default = object.__new__(recipe)
-    # Not initialised, since rules between fields hold for the YAML and the flags together, not for the YAML alone.
-    default.__dict__.update(_defaults(recipe, path) | _section(recipe, path))
-    description = f"{recipe.__doc__} --config FILE.yaml fills these fields from its section `{recipe.section}`; flags win."
-    return tyro.cli(recipe, args=flags, default=default, description=description, use_underscores=True)
-
-
-def run(main: Callable[[Config], None], recipe: type[Config]) -> None:
-    """Parse the command line and call `main`; end with one line and the contract's exit code where something is wrong."""
-    config = _or_exit(lambda: parse(recipe, sys.argv[1:]), USAGE_ERROR)
-    _or_exit(lambda: main(config), USER_ERROR)
-
-
-def _or_exit(step: Callable[[], Result], code: int) -> Result:
-    try:
-        return step()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except (InputError, OSError) as error:
-        if os.environ.get("MEDSD_DEBUG") == "1":
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(code)
-
-
-def _split_config_flag(argv: Sequence[str]) -> tuple[list[str], Path | None]:
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags.add_argument("--config", type=Path)
-    known, rest = flags.parse_known_args(argv)
-    return rest, known.config
-
-
-def _defaults(recipe: type[RecipeConfig], path: Path | None) -> dict[str, object]:
-    """The fields' defaults, with the run's name in its folders."""
-    name = path.stem if path else PHANTOM
-    return {f.name: f.default.replace("{name}", name) if isinstance(f.default, str) else f.default for f in fields(recipe)}
-
-
-def _section(recipe: type[RecipeConfig], path: Path | None) -> dict[str, object]:
-    """The YAML's section of this recipe, checked field by field."""
-    import yaml
-
-    if path is None:
-        return {}
-    if not path.is_file():
-        raise InputError(f"--config {path}: no such file")
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path} is not YAML: {error}") from error
-    known = {config.section for config in RECIPES}
-    if not isinstance(content, dict) or not content.keys() <= known:
-        unknown = sorted(map(str, content.keys() - known)) if isinstance(content, dict) else content
-        raise InputError(f"--config {path}: unknown section {unknown}; sections are {sorted(known)}")
-    section = content.get(recipe.section) or {}
-    if not isinstance(section, dict):
-        raise InputError(f"--config {path}, section {recipe.section}: fields with values are expected")
-    return {key: _checked(recipe, key, value, path) for key, value in section.items()}
-
-
-def _checked(recipe: type[RecipeConfig], key: str, value: object, path: Path) -> object:
-    """The YAML's value in the type of its field."""
-    from pydantic import TypeAdapter, ValidationError
-
-    types = get_type_hints(recipe)
-    if isinstance(value, str) and "tuple" in str(types.get(key)):
-        value = [value]
-    if value == [] and "None" in str(types.get(key)):
-        value = None  # Nothing is named, while the bare flag --prompt_metadata names everything.
-    if key not in {field.name for field in fields(recipe)}:
-        raise InputError(f"--config {path}, section {recipe.section}: unknown field {key}; --help lists them")
-    try:
-        return TypeAdapter(types[key]).validate_python(value)
-    except ValidationError as error:
-        raise InputError(f"--config {path}, section {recipe.section}, {key}: {error.errors()[0]['msg']}") from error

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medsd.config import ClassifyConfig, run
+from medsd.commandline import run
+from medsd.config import ClassifyConfig
 from medsd.errors import InputError
 
 if TYPE_CHECKING:

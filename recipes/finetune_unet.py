@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medsd.config import FinetuneUNetConfig, run
+from medsd.commandline import run
+from medsd.config import FinetuneUNetConfig
 from medsd.errors import InputError
 
 if TYPE_CHECKING:
@@ -243,7 +244,8 @@ def look(held_out: "HeldOut", record: "RunRecord", step: int, write: Callable[[s
     numbers = held_out.numbers()
     record.log(step, **numbers)
     record.picture(step, "preview", preview(held_out.pipe))
-    write(f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items()))
+    said = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items()]
+    write(f"step {step}: {', '.join(said) or 'a preview; there is no validation split to look at'}")
 
 
 if __name__ == "__main__":

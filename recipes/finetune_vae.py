@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medsd.config import FinetuneVAEConfig, run
+from medsd.commandline import run
+from medsd.config import FinetuneVAEConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

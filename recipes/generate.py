@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medsd.config import GenerateConfig, run
+from medsd.commandline import run
+from medsd.config import GenerateConfig
 from medsd.errors import InputError
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medsd.config import PrepareDataConfig, run
+from medsd.commandline import run
+from medsd.config import PrepareDataConfig
 
 if TYPE_CHECKING:
     from medsd.data.plan import PrepareOptions

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsd.config import PrepareDataConfig, parse
+from medsd.commandline import parse
+from medsd.config import PrepareDataConfig
 from medsd.data.dataset import load_dataset, load_info
 from medsd.data.splits import SPLITS
 from recipes.prepare_data import main

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from medsd.config import RECIPES, ClassifyConfig, FinetuneUNetConfig, GenerateConfig, PrepareDataConfig, parse, run
+from medsd.commandline import parse, run
+from medsd.config import RECIPES, ClassifyConfig, FinetuneUNetConfig, GenerateConfig, PrepareDataConfig
 from medsd.errors import InputError
 from tests.conftest import REPOSITORY
 
@@ -99,6 +100,8 @@ def test_exit_codes(monkeypatch, capsys, argv, error, code):
     with pytest.raises(SystemExit) as stopped:
         run(main, FinetuneUNetConfig)
     assert stopped.value.code == code
+    if "--preset" in argv:
+        assert capsys.readouterr().err == "error: --pretrained_model_name_or_path and --preset exclude each other: drop one\n"
     if isinstance(error, Exception):
         assert capsys.readouterr().err == f"error: {error}\n"
 

@@ -7,7 +7,8 @@ import shlex
 
 import pytest
 
-from medsd.config import RECIPES, parse
+from medsd.commandline import parse
+from medsd.config import RECIPES
 from tests.conftest import REPOSITORY
 
 SECTIONS = {recipe.section: recipe for recipe in RECIPES}

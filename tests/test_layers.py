@@ -40,9 +40,9 @@ def test_a_room_imports_only_what_is_below_it(path):
         assert module.split(".")[0] not in FORBIDDEN.get(room, set()), f"{path.name} imports {module}"
 
 
-def test_only_the_config_imports_the_parser():
+def test_only_the_command_line_imports_the_parser():
     users = {path.name for path in PACKAGE.rglob("*.py") if "tyro" in set(imports(path))}
-    assert users == {"config.py"}
+    assert users == {"commandline.py"}
 
 
 def test_intensity_knows_no_file_format():

@@ -13,7 +13,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from medsd.config import PrepareDataConfig, parse
+from medsd.commandline import parse
+from medsd.config import PrepareDataConfig
 from medsd.data.dataset import load_dataset, load_info
 from medsd.data.files import is_raster
 from medsd.data.geometry import fit_square
