@@ -65,7 +65,7 @@ class PrepareDataConfig(RecipeConfig):
     uncertain: Literal["drop", "positive", "negative"] = "drop"
     """What a -1 or an empty cell of a finding's column means: leave the image out, or read it as 1 or 0."""
     patient_column: str | None = None
-    """CSV column of the patient. Default: the DICOM header's PatientID, else study, series, file."""
+    """CSV column of the patient. Default: the DICOM header's PatientID, else study, series, the folder in CLASS/p01/, file."""
     split_column: str | None = None
     """CSV column that already says train, validation or test."""
     mask_column: str | None = None

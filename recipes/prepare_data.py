@@ -34,8 +34,9 @@ def main(config: PrepareDataConfig) -> None:
     output_dir = Path(config.output_dir)
     if not config.dry_run:
         check_output(output_dir, config.overwrite, replaces="data")
-    if config.source != "phantom" and output_dir.resolve().is_relative_to(Path(config.data_dir).resolve()):
-        raise InputError(f"--output_dir {output_dir} lies in --data_dir, where its files would be taken for images: choose another")
+        inside = config.data_dir and output_dir.resolve().is_relative_to(Path(config.data_dir).resolve())
+        if inside and config.source not in {"phantom", "npz"}:
+            raise InputError(f"--output_dir {output_dir} lies in --data_dir, where its files would be taken for images: choose another")
     options = PrepareOptions(
         resolution=config.resolution or (PHANTOM_RESOLUTION if config.source == "phantom" else 256),
         resize=config.resize,
@@ -112,8 +113,9 @@ def say_survey(found: "Survey", options: "PrepareOptions") -> None:
         print(f"  {name}: {reason.split(': ', 1)[-1]}")
     print(f"about {found.images} images of {found.patients} patients: {classes}")
     print(f"about {_duration(found.seconds)} with --num_workers {options.num_workers}, estimated from a few decoded files")
-    print(f"about {_size(found.stored)}, and {_size(found.staged)} more until it is finished; as much again in the cache of datasets when")
-    print("it is trained on. Nothing was written")
+    stored, staged = _size(found.stored), _size(found.staged)
+    print(f"about {stored}, and {staged} more until it is finished, as later in the cache of datasets for training")
+    print("nothing was written")
 
 
 def _duration(seconds: float) -> str:
@@ -140,7 +142,7 @@ def report(summary: dict, output_dir: Path, resolution: int) -> None:
         print(f"{summary['patient_rule']['file']} images have no patient beside others that have one: each counts as a patient of its own")
     if set(summary["patient_rule"]) == {"file"}:
         print(
-            "no patient is known, so every file counts as one: where patients have several images, lay them out as CLASS/PATIENT/, or"
+            "no patient is known, so every file counts as one: where patients have several images, lay them out as CLASS/p01/ ..., or"
             " name a --patient_column of --labels"
         )
     if summary["quarantined"]:

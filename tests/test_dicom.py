@@ -26,11 +26,12 @@ from pydicom.uid import (
 from medsd.data import phantom
 from medsd.data.dataset import load_dataset
 from medsd.data.decode import DecodeOptions
-from medsd.data.files import read_file, read_frames, read_image
+from medsd.data.files import is_dicom, read_file, read_frames, read_image
 from medsd.data.intensity import percentile_range
 from medsd.data.phantom_anatomy import slice_image
 from medsd.data.prepare import PrepareOptions, prepare
 from medsd.data.rows import Row
+from medsd.data.sources import image_folder
 from medsd.data.staging import Staging, write_block
 from medsd.data.workers import Job, WorkerPool
 from medsd.errors import InputError
@@ -549,3 +550,19 @@ def test_every_channel_of_a_coloured_series_has_its_range(tmp_path):
     prepare(mr_series(tmp_path, voxels), tmp_path / "data", PrepareOptions(32, duplicates="keep", num_workers=0), b"salt" * 4, "test")
     ranges = np.array(load_dataset(tmp_path / "data", "train")["intensity_range"])
     assert ranges.shape == (7, 3, 2) and (ranges == ranges[0, 0]).all() and ranges[0, 0, 1] > 250
+
+
+def test_a_header_knows_the_patient_better_than_a_folder(tmp_path):
+    for number in range(6):
+        (tmp_path / "in" / "a" / f"s{number}").mkdir(parents=True)
+        pixels = np.random.default_rng(number).integers(0, 999, (16, 16)).astype(np.uint16)
+        dicom(tmp_path / "in" / "a" / f"s{number}" / "1.dcm", pixels, PatientID=f"P{number // 2}" if number < 4 else None)
+    rows = image_folder(tmp_path / "in", is_dicom)
+    made = prepare(rows, tmp_path / "data", PrepareOptions(16, num_workers=0), b"salt" * 4, "test")
+    assert made["patient_rule"] == {"PatientID": 4, "folder": 2} and sum(made["patients"].values()) == 4
+
+
+def test_a_series_of_two_values_is_not_made_constant(tmp_path):
+    voxels = (np.random.default_rng(0).random((4, 16, 16)) < 0.3).astype(np.uint8)
+    prepare(mr_series(tmp_path, voxels), tmp_path / "data", PrepareOptions(16, duplicates="keep", num_workers=0), b"salt" * 4, "test")
+    assert load_dataset(tmp_path / "data", "train")["intensity_range"][0] == [[0, 1]]

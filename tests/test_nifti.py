@@ -255,6 +255,15 @@ def test_volumes_in_different_places_are_not_stacked(tmp_path):
         list(decode_row(replace(row, mask=tmp_path / "turned.nii"), DecodeOptions(8)))
 
 
+def test_a_small_step_across_thick_slices_is_no_other_place(tmp_path):
+    affines = [np.diag([0.4, 0.4, 5, 1.0]) for _ in range(3)]
+    affines[1][2, 3], affines[2][0, 3] = 0.5, 0.5
+    for number, affine in enumerate(affines):
+        nibabel.save(nibabel.Nifti1Image(np.ones((4, 4, 4), np.uint8), affine), tmp_path / f"{number}.nii")
+    first, near, far = (read_volume(tmp_path / f"{number}.nii") for number in range(3))
+    assert near.voxels_from(first) == pytest.approx(0.1) and far.voxels_from(first) == pytest.approx(1.25)
+
+
 def test_channels_of_different_kinds_are_kept_in_32_bits(tmp_path):
     draws = np.random.default_rng(0)
     nibabel.save(nibabel.Nifti1Image(draws.integers(2**20, 2**21, (8, 8, 8)).astype(np.int32), np.eye(4)), tmp_path / "a.nii")

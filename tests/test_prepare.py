@@ -319,10 +319,17 @@ def test_patients_in_the_place_of_classes_are_refused(tmp_path):
     for number in range(6):
         images(tmp_path / "scans", count=1, classes=(f"sub-{number:02d}",), seed=number)
     rows = image_folder(tmp_path / "scans")
-    with pytest.raises(InputError, match=r"6 classes \(sub-00, sub-01, sub-02, ...\) for 6 patients"):
+    with pytest.raises(InputError, match=r"6 classes \(sub-00, sub-01, sub-02, ...\) of 6 patients"):
         prepare(rows, tmp_path / "data", OPTIONS, SALT, "test")
     names = tuple(sorted(row.label for row in rows))
     assert prepare(rows, tmp_path / "data", replace(OPTIONS, class_names=names), SALT, "test")
+
+
+def test_few_patients_with_every_class_are_no_classes(tmp_path):
+    names = tuple(f"organ {letter}" for letter in "abcdef")
+    rows = image_folder(images(tmp_path / "scans", classes=names, count=4))
+    made = prepare([replace(row, patient=row.file.name) for row in rows], tmp_path / "data", OPTIONS, SALT, "test")
+    assert sum(made["patients"].values()) == 4
 
 
 def test_windows_are_not_for_grey_values_of_8_bits(tmp_path):

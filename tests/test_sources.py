@@ -348,13 +348,41 @@ def test_real_brain_mri_in_folders_and_in_a_table(real_data):
     assert Counter(row.label for row in rows) == {"glioma": 182, "pituitary": 126, "meningioma": 98}
 
 
-def test_folders_below_classes_are_patients_where_there_are_enough(tmp_path):
-    touch(tmp_path / "a", *(f"{name}/p{number}/{image}.png" for name in ("cat", "dog") for number in range(3) for image in range(2)))
-    assert {row.patient for row in image_folder(tmp_path / "a")} == {"p0", "p1", "p2"}
-    touch(tmp_path / "b", "COVID/images/1.png", "COVID/images/2.png", "Normal/images/1.png", "Normal/masks/1.png")
-    assert {row.patient for row in image_folder(tmp_path / "b")} == {None}
-    touch(tmp_path / "c", *(f"train/cat/p{number}/1.png" for number in range(3)), "train/cat/2.png")
-    assert {row.patient for row in image_folder(tmp_path / "c")} == {None}
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        ([f"{name}/p{number}/{image}.png" for name in ("cat", "dog") for number in range(3) for image in range(2)], {"/p0", "/p1", "/p2"}),
+        (
+            [f"{split}/cat/{number}/1.png" for split in ("train", "test") for number in range(3)],
+            {"train/0", "train/2", "test/0"},
+        ),
+        (["COVID/images1/1.png", "COVID/images2/2.png", "Normal/images1/1.png"], {None}),
+        ([f"cat/{plane}/1.png" for plane in ("axial", "coronal", "sagittal")], {None}),
+        ([f"cat/{weighting}/1.png" for weighting in ("t1", "t2", "flair")], {None}),
+        ([*(f"train/cat/p{number}/1.png" for number in range(3)), "train/cat/2.png"], {None}),
+    ],
+)
+def test_numbered_folders_below_classes_are_patients(tmp_path, names, groups):
+    rows = image_folder(touch(tmp_path, *names))
+    assert {row.group for row in rows} >= groups and all(row.patient is None for row in rows) and (None in groups or rows[0].group)
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (("p1/a_t1.nii", "p1/a_t2.nii"), True),
+        (("MS/p1_t2_flair.nii.gz", "MS/p2_t2_flair.nii.gz"), False),
+        (("MS/p1_t1.nii.gz", "MS/p2_t1.nii.gz", "HC/p3.nii.gz"), False),
+        (("MS/p1_t1.nii.gz", "MS/p1_seg.nii.gz"), True),
+    ],
+)
+def test_volumes_of_one_case_are_not_taken_for_cases(tmp_path, names, refused):
+    folder = touch(tmp_path, *names)
+    if refused:
+        with pytest.raises(InputError, match="look like volumes of one case: stack them with --channels t1"):
+            nifti_tree(folder)
+    else:
+        assert len(nifti_tree(folder).rows) == len(names)
 
 
 def test_folders_of_nnu_net_are_no_classes(tmp_path):
@@ -374,6 +402,12 @@ def test_a_file_of_another_kind_is_not_called_missing(tmp_path):
     folder = touch(tmp_path, "1.png", "x/2.dcm")
     with pytest.raises(InputError, match='image "2.dcm" is no kind of file that this --source reads'):
         table(folder, lines(folder, "file,label", "2.dcm,cat"), "label")
+
+
+def test_a_wrong_folder_in_a_table_is_named(tmp_path):
+    folder = touch(tmp_path, "img/1.png")
+    with pytest.raises(InputError, match='image "images/1.png" is not there, but img/1.png is'):
+        table(folder, lines(folder, "file,label", "images/1.png,cat"), "label")
 
 
 def test_an_empty_split_is_left_to_be_divided(tmp_path):

@@ -126,7 +126,7 @@ def load_dataset(folder_or_hub_id: str | Path, split: str | None = None, streami
     import datasets
 
     splits = available_splits(folder_or_hub_id)
-    if split is not None and split not in splits:
+    if split in SPLITS and split not in splits:
         hint = "prepare it with other --split_fractions, or with images for that split"
         raise InputError(f"{folder_or_hub_id} has no {split} split, only {', '.join(splits)}: {hint}")
     with _undamaged(folder_or_hub_id):

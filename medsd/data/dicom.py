@@ -164,7 +164,7 @@ def _inverted(pixels: np.ndarray, header: Header) -> tuple[np.ndarray, Header]:
 def dicom_header(dataset: Any, number: int = 0) -> Header:
     """The allow-listed facts of frame `number`; an element that cannot be understood is as good as absent."""
     frame_item = _group(dataset, number, "FrameContentSequence")
-    single = int(_text(dataset, "NumberOfFrames") or 1) == 1
+    single = int(dataset.get("NumberOfFrames") or 1) == 1
     instance = (
         _text(frame_item, "InStackPositionNumber") if frame_item is not None else _text(dataset, "InstanceNumber") if single else None
     )

@@ -103,9 +103,14 @@ def read_mask(path: Path) -> np.ndarray:
 
     Raises InputError as `read_file` does, and for a mask in colours.
     """
-    with readable(path):
-        labels = next(_raster_frames(path, colours=False)).pixels if is_raster(path) and path.is_file() else None
-    labels = read_file(path).pixels if labels is None else labels
+    if not (is_raster(path) and path.is_file()):
+        labels = read_file(path).pixels
+    else:
+        with readable(path):
+            pages = [frame.pixels for frame in _raster_frames(path, colours=False)]
+        if len(pages) != 1:
+            raise InputError(f"{path.name}: {len(pages)} frames in one file; one is expected here")
+        labels = pages[0]
     if len(labels) != 1:
         raise InputError(f"{path.name}: a mask of {len(labels)} channels; one grey value per label is expected")
     return labels

@@ -40,10 +40,10 @@ PRIVATE_FILES = frozenset({"keys.parquet", "quarantine.jsonl", "salt.json"})
 DATA_FILES = frozenset(
     {
         *("data", INFO_FILE, "summary.json", "quarantine.jsonl", "duplicates.jsonl", "contact_sheet.png"),
-        *("README.md", ".gitattributes", ".git", ".cache", ".DS_Store"),
+        "README.md",
     }
 )
-"""What a data set's folder holds, and what the Hub and systems add."""
+"""What a data set's folder holds, hidden files aside."""
 
 
 @dataclass
@@ -176,7 +176,7 @@ def check_folders(output_dir: Path, overwrite: bool) -> None:
     """Raise InputError for what a new data set would replace and must not: others' files, and keys that no `overwrite` gives up."""
     private = output_dir.with_name(output_dir.name + ".private")
     for folder, own in ((output_dir, DATA_FILES), (private, PRIVATE_FILES)):
-        foreign = sorted(file.name for file in folder.iterdir() if file.name not in own) if folder.is_dir() else []
+        foreign = sorted(file.name for file in folder.glob("[!.]*") if file.name not in own) if folder.is_dir() else []
         if foreign:
             raise InputError(f"{folder} holds {foreign[0]}, which is not of a data set: move it away, or choose another --output_dir")
     unfinished = output_dir.with_name(f".{output_dir.name}.partial").is_dir()

@@ -54,7 +54,7 @@ def _refusal(plan: Plan, hits: list[Hit], listed: Path) -> str:
     for hit in hits:
         pair = (names[hit.first], plan.splits[hit.first], names[hit.second], plan.splits[hit.second])
         lines.append((*pair, hit.kind, f"{hit.correlation:.4f}"))
-    with listed.open("w", newline="") as stream:
+    with listed.open("w", newline="", encoding="utf-8", errors="replace") as stream:
         csv.writer(stream).writerows(lines)
     first, split, second, other, kind, _ = lines[1]
     return (

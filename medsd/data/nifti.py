@@ -53,7 +53,7 @@ class Volume:
     def voxels_from(self, other: "Volume") -> float:
         """Largest distance, in voxels, between a corner of this volume and that of another of the same shape."""
         corners = np.array([(*np.multiply(place, np.array(self.voxels.shape[1:]) - 1), 1) for place in np.ndindex(2, 2, 2)])
-        return float(np.abs((corners @ (self.affine - other.affine).T)[:, :3]).max() / min(self.spacing))
+        return float(np.abs(corners @ (np.linalg.inv(other.affine) @ self.affine).T - corners).max())
 
     def depth(self, axis: str) -> int:
         """Number of slices across `axis`."""

@@ -42,9 +42,10 @@ def write_phantom(folder: Path, patients: int = 500, slices: int = 6, size: int 
 
 def is_phantom(folder: Path) -> bool:
     """Whether a folder holds nothing but a phantom, whole or not."""
-    patients = [child.name for kind in KINDS if (folder / kind).is_dir() for child in (folder / kind).iterdir()]
+    patients = [child.name for kind in KINDS if (folder / kind).is_dir() for child in (folder / kind).glob("[!.]*")]
     known = {*KINDS, "labels.csv", "labels.csv.unfinished"}
-    return all(child.name in known for child in folder.iterdir()) and all(re.fullmatch(r"PH\d{5}", name) for name in patients)
+    own = all(child.name in known for child in folder.glob("[!.]*"))
+    return own and all(re.fullmatch(r"PH\d{5}", name) for name in patients)
 
 
 def _labels(seed: int, count: int) -> list[str]:

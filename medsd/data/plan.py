@@ -5,6 +5,7 @@ Everything here is computed from `Staging.table`, without a pixel but for the th
 
 import hashlib
 import hmac
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,10 @@ MODALITIES = frozenset({"CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "R
 XRAY = frozenset({"CR", "DX", "MG", "RG", "RF", "XA", "PX", "IO"})
 MOST_MASK_LABELS = 64
 FEW_CLASSES = 5
-"""Classes that are never taken for patients."""
+"""Up to so many, less one, are never taken for patients."""
+FEW_PATIENTS = 2
+"""In a class that is a patient."""
+PATIENT_NAME = re.compile(r"(sub|subj|subject|pat|patient|case|p|id)?[-_ ]?[0-9]{2,}", re.IGNORECASE)
 DEFAULT_TEMPLATE = "a medical image of {label}"
 
 
@@ -129,7 +133,8 @@ def make_plan(table: "pyarrow.Table", all_rows: Sequence[Row], salt: bytes) -> P
 
 def _patient(row: Row, patient: str | None, study: str | None, series: str | None) -> tuple[str, str]:
     """The first rule that knows a patient, and its id."""
-    known = {"patient column": row.patient, "PatientID": patient, "StudyInstanceUID": study, "SeriesInstanceUID": series, "file": row.name}
+    known = {"patient column": row.patient, "PatientID": patient, "StudyInstanceUID": study, "SeriesInstanceUID": series}
+    known |= {"folder": row.group, "file": row.name}
     return next((rule, value) for rule, value in known.items() if value)
 
 
@@ -229,13 +234,16 @@ def _class_names(plan: Plan, options: PrepareOptions) -> list[str]:
 
 
 def _check_classes(plan: Plan) -> None:
-    """Refuse classes that must be patients: many of them, and no more than a patient or two in each."""
-    names = sorted({names[0] for names in plan.findings})
-    patients = len(set(plan.patients))
-    if len(names) >= FEW_CLASSES and 2 * len(names) >= patients:
+    """Refuse classes that must be patients: many of them, called like patients or with no more than a patient or two in most."""
+    patients: dict[str, set[str]] = {}
+    for found, patient in zip(plan.findings, plan.patients, strict=True):
+        patients.setdefault(found[0], set()).add(patient)
+    names = sorted(patients)
+    few = np.median([len(members) for members in patients.values()]) <= FEW_PATIENTS
+    if len(names) >= FEW_CLASSES and (few or all(PATIENT_NAME.fullmatch(name) for name in names)):
         raise InputError(
-            f"{len(names)} classes ({', '.join(names[:3])}, ...) for {patients} patients: are these patients? Name the column of the"
-            " class with --label_column, or the classes with --class_names if that is what they are"
+            f"{len(names)} classes ({', '.join(names[:3])}, ...) of {len(set(plan.patients))} patients: are these patients? Name the column"
+            " of the class with --label_column, or the classes with --class_names if that is what they are"
         )
 
 
@@ -307,8 +315,15 @@ def _series_ranges(plan: Plan) -> dict[str | None, list[float]]:
     for name, found in slices.items():
         values = np.unique([quantiles for quantiles, _ in found])
         share = np.average([_distribution(values, quantiles) for quantiles, _ in found], axis=0, weights=[pixels for _, pixels in found])
-        ranges[name] = np.interp(wanted, share.ravel(), np.repeat(values, 2)).tolist()
+        low, high = np.interp(wanted, share.ravel(), np.repeat(values, 2)).tolist()
+        ranges[name] = [low, high] if low < high else _ends(plan, name)
     return ranges
+
+
+def _ends(plan: Plan, series: str | None) -> list[float]:
+    """Smallest and largest value of a series, as it is stored."""
+    found = [ends for name, *ends in zip(plan.column("series"), plan.column("low"), plan.column("high"), strict=True) if name == series]
+    return [min(low for low, _ in found), max(high for _, high in found)]
 
 
 def _distribution(values: np.ndarray, quantiles: list[float]) -> np.ndarray:

@@ -41,6 +41,8 @@ class Row:
     """Row of that member."""
     facts: Facts = Facts()
     """Age, sex, view of the collection's table."""
+    group: str | None = None
+    """The folder that is the patient where neither a table nor a header says who is."""
 
     @property
     def file(self) -> Path:

@@ -4,6 +4,7 @@ Sources read names and tables only; pixels and headers are `files`' business. Wo
 a folder whose volumes are the channels of one image; a *word* of a file's name stands between `_`, `-` and `.`.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,31 +27,33 @@ CHANNEL_WORDS = frozenset({*MASK_WORDS, "t1", "t1w", "t1n", "t1c", "t1ce", "t1gd
 """Words by which the volumes of one case are told apart."""
 NNUNET_FOLDERS = frozenset({"imagesTr", "labelsTr", "imagesTs", "labelsTs", "imagesVal", "labelsVal"})
 LEAST_PATIENTS = 3
-"""One for each split; COVID/images and COVID/masks are no patients."""
+"""One for each split."""
 
 
 def image_folder(folder: Path, accepts: Accepts = is_raster) -> list[Row]:
     """`FOLDER/CLASS/...` or `FOLDER/train|val|test/CLASS/...`: a row per file, labelled by its folder.
 
     Where no folders but images lie in FOLDER (or in a split's folder), these are of the one class `image`. Where all images lie
-    in three or more folders below their classes, `CLASS/PATIENT/1.png`, these are the patients.
+    in three or more numbered folders below their classes, `CLASS/p01/1.png`, these are the patients, unless a header knows better.
     """
     parts = _subfolders(folder)
     splits = [part for part in parts if part.name.lower() in SPLIT_NAMES]
     if not splits:
-        return _with_patients(_classes(folder, folder, accepts, None), 1)
+        return _with_groups(_classes(folder, folder, accepts, None), 1)
     if len(splits) < len(parts):
         other = next(part.name for part in parts if part not in splits)
         raise InputError(f"{folder} holds {splits[0].name} and {other}: folders are either splits or classes; move the others away")
-    return _with_patients([row for part in parts for row in _classes(folder, part, accepts, SPLIT_NAMES[part.name.lower()])], 2)
+    return _with_groups([row for part in parts for row in _classes(folder, part, accepts, SPLIT_NAMES[part.name.lower()])], 2)
 
 
-def _with_patients(rows: list[Row], depth: int) -> list[Row]:
-    """Rows with the folder at `depth` of their names as patient, where every name is that deep and there are enough folders."""
+def _with_groups(rows: list[Row], depth: int) -> list[Row]:
+    """Rows grouped by the folder at `depth` of their names, where each has one and these can be patients. Splits may count alike."""
     parts = [PurePosixPath(row.name).parts for row in rows]
-    if any(len(names) < depth + 2 for names in parts) or len({names[depth] for names in parts}) < LEAST_PATIENTS:
+    folders = {names[depth] for names in parts if len(names) > depth + 1}
+    unlike = any(not re.search(r"[0-9]", name) or CHANNEL_WORDS.intersection(words_of(name)) for name in folders)
+    if unlike or len(folders) < LEAST_PATIENTS or any(len(names) < depth + 2 for names in parts):
         return rows
-    return [replace(row, patient=names[depth]) for row, names in zip(rows, parts, strict=True)]
+    return [replace(row, group=f"{row.split or ''}/{names[depth]}") for row, names in zip(rows, parts, strict=True)]
 
 
 def table(
@@ -188,8 +191,9 @@ def _check_single_volumes(folder: Path) -> None:
         where = relative(case, folder) if case != folder else str(folder)
         if case.name in NNUNET_FOLDERS:
             raise InputError(f"{where} is no class: give each case a folder of its own with image and mask, and name them with --channels")
-        words = {word for file in files for word in CHANNEL_WORDS.intersection(words_of(stem_of(file.name)))}
-        if len(words) > 1:
+        named = {CHANNEL_WORDS.intersection(words_of(stem_of(file.name))) for file in files}
+        words = frozenset().union(*named)
+        if len(named) > 1 and len(words) > 1:
             chosen = " ".join([*sorted(words.difference(MASK_WORDS)), *([MASK] if words.intersection(MASK_WORDS) else [])])
             raise InputError(
                 f"{where}: {', '.join(sorted(words))} look like volumes of one case: stack them with --channels {chosen}, or some"

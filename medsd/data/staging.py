@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 DECODERS = ("medsd", "pydicom", "python-gdcm", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "nibabel", "pillow", "numpy")
-PASSING = ("took longer than", "needs more memory", "ended the decoder", "(OSError")
+PASSING = ("took longer than", "needs more memory", "ended the decoder", "(OSError: [Errno")
 """Refusals for reasons that need not hold at another time."""
 HEAVY = frozenset({"image", "mask", "thumbnail"})
 """Columns that are read only where they are needed."""

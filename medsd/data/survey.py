@@ -75,7 +75,7 @@ def survey(rows: Sequence[Row], options: PrepareOptions) -> Survey:
         files=len(rows),
         refused=[(rows[number].name, fact) for number, fact in sorted(facts.items()) if isinstance(fact, str)],
         images=images,
-        patients=len({rows[number].patient or fact.patient or rows[number].name for number, fact in known.items()}),
+        patients=len({rows[number].patient or fact.patient or rows[number].group or rows[number].name for number, fact in known.items()}),
         classes=dict(sorted(Counter(name for number in known for name in rows[number].findings).items())),
         seconds=cost.seconds_per_row * len(known) / max(1, options.num_workers),
         staged=cost.raw_per_image * images,

@@ -154,7 +154,10 @@ class Index:
 
     def _missing(self, name: str) -> str:
         """What is wrong with a file that is not among the rows, and what to do."""
-        if any(file.name == PurePosixPath(name).name for file in self.folder.rglob("*")):
+        last = PurePosixPath(name).name
+        if last in self.names:
+            return f"is not there, but {self.names[last].name} is: give paths below --data_dir, or names alone"
+        if any(file.name == last for file in self.folder.rglob("*")):
             return "is no kind of file that this --source reads: csv reads PNG, TIFF, JPEG, BMP and NIfTI, dicom reads DICOM"
         return f"is not below {self.folder}; drop the line or add the file"
 
