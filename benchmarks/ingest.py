@@ -9,6 +9,7 @@ median of interleaved repetitions. Rates include starting the workers, the searc
 """
 
 import argparse
+import copy
 import os
 import shutil
 import statistics
@@ -23,7 +24,7 @@ import numpy as np
 SYNTAXES = {"uncompressed": None, "RLE": "RLELossless", "JPEG-LS": "JPEGLSLossless", "JPEG 2000": "JPEG2000Lossless"}
 AT_LEAST = {"uncompressed": 0.3, "RLE": 0.8, "JPEG-LS": 0.8, "JPEG 2000": 0.8}
 SOURCES = 48
-"""Phantom slices drawn; files are copies of the sources with other ids and a little noise."""
+"""Phantom slices drawn; files are copies of the sources with other ids, moved round by any number of pixels, and a little noise."""
 
 
 def main() -> None:
@@ -59,8 +60,8 @@ def write_series(folder: Path, count: int, syntax: str | None) -> list[Path]:
     folder.mkdir()
     generator, files = np.random.default_rng(0), []
     for number in range(count):
-        dataset = sources[number % len(sources)].copy()
-        pixels = dataset.pixel_array
+        dataset = copy.deepcopy(sources[number % len(sources)])
+        pixels = np.roll(dataset.pixel_array, generator.integers(0, 512, 2), (0, 1))
         dataset.PixelData = (pixels + generator.integers(-1, 2, pixels.shape).astype(pixels.dtype)).tobytes()
         dataset.PatientID, dataset.SOPInstanceUID = f"P{number // 10:05d}", uid.generate_uid(entropy_srcs=[str(number)])
         if syntax:

@@ -4,10 +4,13 @@ Stored values go through the padding rule, the palette, and the modality LUT or 
 object may state per frame. The VOI window is not applied: it is a fact beside the pixels.
 """
 
+import io
+import math
 import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ WITHOUT_PIXELS = frozenset({"SR", "PR", "KO", "REG", "SEG", "DOC", "ECG", "AU", 
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 NEEDED = ("Rows", "Columns")
 DEFLATED = b"1.2.840.10008.1.2.1.99"
+SMALL_FILE = 2**22
+"""Bytes up to which a file is read in one piece."""
 MOST_FRAMES = 20_000
 LEAST_UPRIGHT = 0.8
 """Cosine of the angle between an axial slice's normal and the body's axis."""
@@ -54,9 +59,11 @@ def open_dicom(path: Path, stop_before_pixels: bool = False) -> Any:
     import pydicom
 
     with path.open("rb") as stream:
-        start = stream.read(2**16)
-    if DEFLATED in start:
-        _check_inflated(path)
+        start = stream.read(2**16 if stop_before_pixels else SMALL_FILE)
+        if DEFLATED in start:
+            _check_inflated(path)
+        if len(start) < SMALL_FILE and not stop_before_pixels:
+            return pydicom.dcmread(io.BytesIO(start))
     return pydicom.dcmread(path, stop_before_pixels=stop_before_pixels)
 
 
@@ -100,7 +107,7 @@ def _frame(dataset: Any, stored: np.ndarray, number: int) -> SourceImage:
         return SourceImage(channels_first(narrow(apply_color_lut(stored, dataset))), header)
     padded = _padding(stored, dataset)
     if padded is not None:
-        stored = np.where(padded, stored[~padded].min(), stored)
+        stored = np.where(padded, np.where(padded, stored.max(), stored).min(), stored)
     pixels = _modality(stored, dataset, number)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         pixels, header = _inverted(pixels, header)
@@ -145,6 +152,8 @@ def _whole_rescale(stored: np.ndarray, slope: int, intercept: int) -> np.ndarray
     kind = narrow(np.array(ends)).dtype
     if kind.kind == "f":
         return narrow(stored * np.float64(slope) + intercept)
+    if slope == 1 and kind.itemsize == stored.dtype.itemsize:
+        return stored.view(kind) + np.array(intercept).astype(kind)  # Wraps around on the way, and ends within the range.
     wide = np.int32 if max(map(abs, ends)) < 2**30 and stored.dtype.itemsize <= 2 else np.int64
     return (stored.astype(wide) * wide(slope) + wide(intercept)).astype(kind)
 
@@ -187,16 +196,31 @@ def dicom_header(dataset: Any, number: int = 0) -> Header:
 def _group(dataset: Any, number: int, name: str) -> Any | None:
     """The item of a functional group that holds for frame `number` of an enhanced object."""
     for sequence, place in (("PerFrameFunctionalGroupsSequence", number), ("SharedFunctionalGroupsSequence", 0)):
-        groups = dataset.get(sequence)
-        if groups and place < len(groups) and groups[place].get(name):
-            return groups[place].get(name)[0]
+        groups = _value(dataset, sequence)
+        items = _value(groups[place], name) if groups and place < len(groups) else None
+        if items:
+            return items[0]
     return None
+
+
+def _value(dataset: Any, name: str) -> Any | None:
+    """An element's value, or None; several times as fast as `dataset.get` for what is absent."""
+    tag = _tag(name)
+    return dataset[tag].value if tag in dataset else None
+
+
+@cache
+def _tag(name: str) -> Any:
+    from pydicom.datadict import tag_for_keyword
+    from pydicom.tag import Tag
+
+    return Tag(tag_for_keyword(name))
 
 
 def _text(dataset: Any, name: str) -> str | None:
     """An element as text; None for one that is absent or cannot be understood. What UTF-8 cannot hold becomes `?`."""
     try:
-        value = dataset.get(name)
+        value = _value(dataset, name)
     except UNREADABLE:
         return None
     return str(value).encode(errors="replace").decode().strip() or None if value is not None else None
@@ -205,7 +229,7 @@ def _text(dataset: Any, name: str) -> str | None:
 def _numbers(dataset: Any, name: str, count: int) -> list[float] | None:
     """`count` finite numbers of an element, or None."""
     try:
-        value = dataset.get(name)
+        value = _value(dataset, name)
         values = [float(item) for item in (value if hasattr(value, "__len__") and not isinstance(value, str) else [value])]
     except UNREADABLE:
         return None
@@ -222,8 +246,12 @@ def _position(dataset: Any, number: int) -> float | None:
     """Height of an axial slice along its own normal, whatever its tilt and spacing; None for another plane."""
     corner = _numbers(_group(dataset, number, "PlanePositionSequence") or dataset, "ImagePositionPatient", 3)
     turn = _numbers(_group(dataset, number, "PlaneOrientationSequence") or dataset, "ImageOrientationPatient", 6)
-    normal = np.cross(turn[:3], turn[3:]) if corner and turn else np.zeros(3)
-    return float(normal @ corner * np.sign(normal[2])) if abs(normal[2]) > LEAST_UPRIGHT else None
+    if not corner or not turn:
+        return None
+    (a, b, c), (d, e, f) = turn[:3], turn[3:]
+    normal = (b * f - c * e, c * d - a * f, a * e - b * d)
+    height = sum(part * place for part, place in zip(normal, corner, strict=True))
+    return math.copysign(1, normal[2]) * height if abs(normal[2]) > LEAST_UPRIGHT else None
 
 
 def _voi(dataset: Any, number: int) -> tuple[float, float] | None:

@@ -100,7 +100,8 @@ class DataFolder:
         features = data_features(self.info.class_names, self.info.multi_label, with_mask, is_recorded(self.info.intensity))
         rows = pyarrow.table({name: _typed(values, features.arrow_schema, name) for name, values in self.columns.items()})
         shards = {}
-        for path, part in self._parts(folder, rows):
+        largest_first = sorted(self._parts(folder, rows), key=lambda shard: -len(shard[1]))  # So that all workers end together.
+        for path, part in largest_first:
             if path.is_file():
                 shards[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
             else:

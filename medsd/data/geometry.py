@@ -45,11 +45,16 @@ def shrink(image: np.ndarray, height: int, width: int, nearest: bool = False) ->
 
 def _block_means(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """Means of whole blocks of up to `MOST_PIXELS`, summed as integers and rounded to the nearest."""
-    total = np.zeros((*image.shape[:-2], image.shape[-2] // rows, image.shape[-1] // columns), np.int32)
-    for row in range(rows):
-        for column in range(columns):
-            total += image[..., row::rows, column::columns]
+    sums = _sum([image[..., row::rows, :] for row in range(rows)])
+    total = _sum([sums[..., column::columns] for column in range(columns)])
     return np.rint(total * np.float32(1 / (rows * columns))).astype(image.dtype)
+
+
+def _sum(parts: list[np.ndarray]) -> np.ndarray:
+    total = parts[0].astype(np.int32)
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def _resample(image: np.ndarray, height: int, width: int, nearest: bool) -> np.ndarray:

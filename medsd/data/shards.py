@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -96,9 +97,11 @@ def panels_of(image: np.ndarray, mask: np.ndarray | None, intensity: IntensityMa
 
 
 def _small_unit(image: np.ndarray, intensity: IntensityMap, ranges: np.ndarray | None) -> np.ndarray:
-    scale = min(1.0, PREVIEW_SIDE / max(image.shape[1:]))
-    small = shrink(image, *(max(1, round(side * scale)) for side in image.shape[1:]))
-    return np.asarray(intensity.to_unit(small.astype(np.float32), ranges))
+    from PIL import Image
+
+    factor = math.ceil(max(image.shape[1:]) / PREVIEW_SIDE)
+    small = np.stack([np.asarray(Image.fromarray(plane.astype(np.float32)).reduce(factor)) for plane in image])
+    return np.asarray(intensity.to_unit(small, ranges))
 
 
 def _jpeg(unit: np.ndarray) -> bytes:

@@ -22,7 +22,11 @@ from typing import Any
 
 Announce = Callable[[int], None]
 """Told the number of the step that begins."""
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+ENVIRONMENT = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    **{"MALLOC_TRIM_THRESHOLD_": str(2**28), "MALLOC_MMAP_THRESHOLD_": str(2**26)},
+}
+"""One thread a worker, and freed memory kept for the next image: else glibc hands each back and the kernel clears it anew."""
 SECONDS_TO_DIE = 1.0
 """A process that hung up has this long to be gone by itself, so that its exit code can be told."""
 DIE_WITH_PARENT = 1
@@ -117,7 +121,7 @@ class _Worker:
     @classmethod
     def start(cls, memory: int) -> "_Worker":
         here, there = socket.socketpair()
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} | dict.fromkeys(THREADS, "1")
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} | ENVIRONMENT
         command = [sys.executable, "-c", "from medsd.data.workers import serve; serve()", str(there.fileno()), str(memory)]
         quiet = subprocess.DEVNULL
         process = subprocess.Popen(command, pass_fds=[there.fileno()], env=environment, stdin=quiet, stdout=quiet, stderr=quiet)
