@@ -1,11 +1,12 @@
 """How fast DICOM becomes shards, beside a bare loop of pydicom over the same files.
 
-    python benchmarks/ingest.py --count 600
+    python benchmarks/ingest.py --count 3000 --only uncompressed
 
 CT slices of 512 x 512, written uncompressed, and as RLE, JPEG-LS and JPEG 2000 lossless: real ones where MEDSD_TEST_DATA names
 a folder with ct_contrast_dicom (the header of a real file costs as much as its pixels), else the phantom. For each: images/s of
-`[dcmread(file).pixel_array for file in files]` in one process, of `prepare` to 256 px with one worker, and with two; the
-median of interleaved repetitions. Rates include starting the workers, the search for duplicates and writing the shards.
+`[dcmread(file).pixel_array for file in files]` on one core (JPEG 2000 is decoded by threads), of `prepare` to 256 px with one
+worker on that core, and with two workers on two; the median of interleaved repetitions. Rates include starting the workers,
+the search for duplicates and writing the shards.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in [arguments.only] if arguments.only else SYNTAXES:
             files = write_series(Path(folder) / name.replace(" ", ""), arguments.count, SYNTAXES[name])
-            runs = {"bare": partial(bare, files), "one": partial(ingest, files, 1), "two": partial(ingest, files, 2)}
+            runs = {"bare": (1, partial(bare, files)), "one": (1, partial(ingest, files, 1)), "two": (2, partial(ingest, files, 2))}
             rates = measure(runs, len(files), arguments.repetitions)
             ratio, gain = rates["one"] / rates["bare"], rates["two"] / rates["one"]
             shown = "".join(f"{rates[run]:>{width}.0f}" for run, width in (("bare", 8), ("one", 10), ("two", 11)))
@@ -71,11 +72,13 @@ def write_series(folder: Path, count: int, syntax: str | None) -> list[Path]:
     return files
 
 
-def measure(runs: dict[str, Callable[[], None]], count: int, repetitions: int) -> dict[str, float]:
-    """Images/s of each run, the median of repetitions that take turns; the first turn is for the file cache."""
+def measure(runs: dict[str, tuple[int, Callable[[], None]]], count: int, repetitions: int) -> dict[str, float]:
+    """Images/s of each run on so many cores, the median of repetitions that take turns; the first turn is for the file cache."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    all_cores = sorted(os.sched_getaffinity(0))
     for turn in range(repetitions + 1):
-        for name, run in runs.items():
+        for name, (cores, run) in runs.items():
+            os.sched_setaffinity(0, all_cores[-cores:])
             started = time.perf_counter()
             run()
             if turn:
