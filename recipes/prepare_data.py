@@ -35,8 +35,8 @@ def main(config: PrepareDataConfig) -> None:
     if not config.dry_run:
         check_output(output_dir, config.overwrite, replaces="data")
         inside = config.data_dir and output_dir.resolve().is_relative_to(Path(config.data_dir).resolve())
-        if inside and config.source not in {"phantom", "npz"}:
-            raise InputError(f"--output_dir {output_dir} lies in --data_dir, where its files would be taken for images: choose another")
+        if inside and config.source == "images" and config.labels is None:
+            raise InputError(f"--output_dir {output_dir} lies in --data_dir, where it would be taken for a class: choose another")
     options = PrepareOptions(
         resolution=config.resolution or (PHANTOM_RESOLUTION if config.source == "phantom" else 256),
         resize=config.resize,

@@ -154,6 +154,7 @@ def test_medmnist_keeps_its_splits(tmp_path):
         (["--source", "csv", "--data_dir", "{tmp}/scans", "--labels", "latin.csv"], "UTF-8"),
         (["--source", "images", "--data_dir", "{tmp}/mixed"], "splits or classes"),
         (["--source", "csv", "--data_dir", "{tmp}/scans", "--labels", "missing.csv", "--mask_column", "m"], 'no column "m"'),
+        (["--source", "images", "--data_dir", "{tmp}"], "would be taken for a class"),
         (["--source", "npz", "--data_dir", "{tmp}/broken.npz"], "broken.npz: cannot be decoded"),
         (["--source", "npz", "--data_dir", "{tmp}/scans"], "npz"),
         (["--source", "images", "--data_dir", "{tmp}/scans", "--class_names", "benign", "other"], "--class_names"),
