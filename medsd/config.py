@@ -113,7 +113,8 @@ class PrepareDataConfig(RecipeConfig):
     confirm_public_data: bool = False
     """Say that this data set may be public; needed where the Hub repository is."""
 
-    def check(self) -> None:  # noqa: D102
+    def check(self) -> None:
+        """And the rules of this recipe."""
         super().check()
         if self.prompt_template is not None and "{label}" not in self.prompt_template:
             raise InputError(f'--prompt_template "{self.prompt_template}" has no {{label}} in it')
@@ -218,7 +219,17 @@ class TrainingConfig(RecipeConfig):
     hub_private_repo: bool = True
     """Make the Hub repository private."""
 
-    def check(self) -> None:  # noqa: D102
+    def augmentation(self) -> dict[str, object]:
+        """Keyword arguments of `medsd.data.transforms.Augmentation`."""
+        return {name: getattr(self, f"random_{name}") for name in ("shift", "rotation", "scale", "intensity", "flip")}
+
+    def cadence(self) -> dict[str, int | None]:
+        """Keyword arguments of `medsd.training.loop.Cadence`."""
+        steps = {"last": self.max_train_steps, "logging": self.logging_steps, "validation": self.validation_steps}
+        return steps | {"checkpointing": self.checkpointing_steps, "checkpoints_kept": self.checkpoints_total_limit}
+
+    def check(self) -> None:
+        """And the rules of this recipe."""
         super().check()
         if self.push_to_hub and self.hub_model_id is None:
             raise InputError("--push_to_hub needs --hub_model_id user/name")
@@ -276,7 +287,8 @@ class FinetuneUNetConfig(TrainingConfig):
     class_sampling: Literal["natural", "balanced", "sqrt"] = "natural"
     """How often each class (with several findings: an image's rarest) is drawn: as it comes, equally often, or between the two."""
 
-    def check(self) -> None:  # noqa: D102
+    def check(self) -> None:
+        """And the rules of this recipe."""
         super().check()
         if self.pretrained_model_name_or_path and self.preset:
             raise InputError("--pretrained_model_name_or_path and --preset exclude each other: drop one")
@@ -317,7 +329,8 @@ class FinetuneVAEConfig(TrainingConfig):
     decoder_only: bool = False
     """Train the decoder alone, so that latents keep their meaning for a pretrained UNet."""
 
-    def check(self) -> None:  # noqa: D102
+    def check(self) -> None:
+        """And the rules of this recipe."""
         super().check()
         if self.pretrained_model_name_or_path and self.preset:
             raise InputError("--pretrained_model_name_or_path and --preset exclude each other: drop one")
@@ -388,7 +401,8 @@ class ClassifyConfig(RecipeConfig):
     overwrite: bool = False
     """Replace what is already in output_dir."""
 
-    def check(self) -> None:  # noqa: D102
+    def check(self) -> None:
+        """And the rules of this recipe."""
         super().check()
         if not 0 < self.delta < 1:
             raise InputError(f"--delta {self.delta} is not between 0 and 1")

@@ -194,22 +194,13 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
     unet, text_encoder = networks["unet"], networks.get("text_encoder", pipe.text_encoder)
     data, codec, schedule, snr_gamma = pipe.data, pipe.codec, pipe.noise_schedule, default_snr_gamma(config)
     intensity, size = data.intensity_map, config.train_batch_size
-    augment = Augmentation(
-        config.random_shift,
-        config.random_rotation,
-        config.random_scale,
-        config.random_intensity,
-        config.random_flip,
-        label_channels(intensity, data.image_channels),
-    )
+    augment = Augmentation(**config.augmentation(), label_channels=label_channels(intensity, data.image_channels))
     rows = sample_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples, config.seed)
     table = row_prompts(rows, data)
     prompt_ids = tokenize(pipe.tokenizer, table.prompts).to(accelerator.device)
     workers = config.dataloader_num_workers
     stream = batches(accelerator, rows, size, config.class_sampling, config.seed, done, workers, table.numbers)
-    cadence = Cadence(
-        config.max_train_steps, config.logging_steps, config.validation_steps, config.checkpointing_steps, config.checkpoints_total_limit
-    )
+    cadence = Cadence(**config.cadence())
     held_out = HeldOut(pipe, config.dataset_name)
     record.environment(device=str(accelerator.device), attention=attention_kernel(pipe.unet), trained_parameters=state.size)
 

@@ -94,19 +94,10 @@ def train(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec
 
     state, networks, done = start_training(config, accelerator, codec)
     autoencoder, intensity = networks["autoencoder"], info.intensity_map
-    augment = Augmentation(
-        config.random_shift,
-        config.random_rotation,
-        config.random_scale,
-        config.random_intensity,
-        config.random_flip,
-        label_channels(intensity, info.image_channels),
-    )
+    augment = Augmentation(**config.augmentation(), label_channels=label_channels(intensity, info.image_channels))
     rows = sample_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples, config.seed)
     stream = batches(accelerator, rows, config.train_batch_size, "natural", config.seed, done, config.dataloader_num_workers)
-    cadence = Cadence(
-        config.max_train_steps, config.logging_steps, config.validation_steps, config.checkpointing_steps, config.checkpoints_total_limit
-    )
+    cadence = Cadence(**config.cadence())
     record.environment(device=str(accelerator.device), trained_parameters=state.size)
 
     for _ in updates(accelerator, state, record, done, cadence, partial(look, config.dataset_name, codec, info, record)):

@@ -131,7 +131,7 @@ def _size(count: float) -> str:
 
 def report(summary: dict, output_dir: Path, resolution: int) -> None:
     """Counts per split and class, what to look at, and what to type next."""
-    from medsd.data.plan import XRAY
+    from medsd.data.ranges import XRAY
 
     for split, count in summary["images"].items():
         classes = ", ".join(f"{name} {number}" for name, number in summary["classes"][split].items())

@@ -37,7 +37,7 @@ class DecodeOptions:
     mask_channel: bool = False
     """Stack the mask behind the image's channels."""
     mask_classes: tuple[str, str] | None = None
-    """Classes of slices without and with something in the mask."""
+    """Classes of slices without and with something in the mask, for rows without a label."""
 
 
 @dataclass(slots=True)

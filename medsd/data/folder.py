@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from medsd.data.dataset import INFO_FILE, DataInfo, data_features, unpack
-from medsd.data.plan import Plan, is_recorded, salted, summarise
+from medsd.data.plan import Plan, salted, summarise
 from medsd.data.prompts import NO_FINDING
+from medsd.data.ranges import is_recorded
 from medsd.data.rows import Row
 from medsd.data.shards import SHEET_COLUMNS, SHEET_ROWS, contact_sheet, panels_of, rows_per_shard, write_shard
 from medsd.data.splits import SPLITS

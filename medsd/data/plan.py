@@ -8,16 +8,17 @@ import hmac
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medsd.data.dataset import DataInfo
-from medsd.data.decode import QUANTILES, DecodeOptions
-from medsd.data.intensity import PERCENTILES, IntensityMap, Labels, Range, Recorded, Stack, Windows, label_channels, parse_windows
+from medsd.data.decode import DecodeOptions
+from medsd.data.intensity import IntensityMap, Windows
 from medsd.data.metadata import FACT_COLUMNS, Facts, slice_position
 from medsd.data.prompts import NO_FINDING, class_prompts, class_tokens, prompt_of
+from medsd.data.ranges import choose_intensity, is_ct, is_recorded, recorded_ranges
 from medsd.data.rows import Row
 from medsd.data.splits import SPLITS, check_patient_overlap, split_patients
 from medsd.errors import InputError
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 MODALITIES = frozenset({"CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "SM", "OP", "OCT", "SEG", "RTDOSE"})
 """What a summary may say; a header can hold anything."""
-XRAY = frozenset({"CR", "DX", "MG", "RG", "RF", "XA", "PX", "IO"})
-MOST_MASK_LABELS = 64
 FEW_CLASSES = 5
 """Up to so many, less one, are never taken for patients."""
 FEW_PATIENTS = 2
@@ -38,17 +37,9 @@ DEFAULT_TEMPLATE = "a medical image of {label}"
 
 
 @dataclass(frozen=True)
-class PrepareOptions:
-    """How rows become a data set; fields as in `medsd.config.PrepareDataConfig`."""
+class PrepareOptions(DecodeOptions):
+    """How rows become a data set: how they are decoded, and what becomes of them then."""
 
-    resolution: int
-    resize: str = "pad"
-    axis: str = "axial"
-    slices: str = "content"
-    mask_channel: bool = False
-    """Whether the mask is stacked behind the image's channels."""
-    mask_classes: tuple[str, str] | None = None
-    """Classes of slices without and with something in the mask, for rows without a label."""
     intensity: IntensityMap | None = None
     """None: CT windows, percentiles per volume (MRI), the VOI window (X-ray), 8 bits, or the full range of the training images."""
     prompt_template: str | None = None
@@ -67,8 +58,8 @@ class PrepareOptions:
 
     @property
     def decode(self) -> DecodeOptions:
-        """What the workers need of it."""
-        return DecodeOptions(self.resolution, self.resize, self.axis, self.slices, self.mask_channel, self.mask_classes)
+        """What the workers need of it; a block depends on nothing else."""
+        return DecodeOptions(**{known.name: getattr(self, known.name) for known in fields(DecodeOptions)})
 
     @property
     def template(self) -> str:
@@ -194,9 +185,7 @@ def describe(plan: Plan, options: PrepareOptions) -> DataInfo:
     class_names = _class_names(plan, options)
     tokens = class_tokens(class_names)
     image_channels = _channels(plan)
-    is_ct = set(plan.column("modality")) == {"CT"}
-    _check_windows(plan, options)
-    intensity = _intensity(plan, options, is_ct, image_channels)
+    intensity = choose_intensity(plan.table, plan.splits, options.intensity, options.mask_channel, image_channels)
     intensity.channels(image_channels)
     fingerprints = plan.column("fingerprint")
     content = sorted(
@@ -211,7 +200,7 @@ def describe(plan: Plan, options: PrepareOptions) -> DataInfo:
         resolution=options.resolution,
         resize=options.resize,
         image_channels=image_channels,
-        unit="HU" if is_ct or isinstance(options.intensity, Windows) else "grey value",
+        unit="HU" if is_ct(plan.table) or isinstance(options.intensity, Windows) else "grey value",
         fingerprint=hashlib.sha256("\n".join(content).encode()).hexdigest(),
         multi_label=options.multi_label,
     )
@@ -247,89 +236,11 @@ def _check_classes(plan: Plan) -> None:
         )
 
 
-def _check_windows(plan: Plan, options: PrepareOptions) -> None:
-    """Refuse windows for what cannot hold HU."""
-    if isinstance(options.intensity, Windows) and set(plan.column("dtype")) == {"uint8"}:
-        raise InputError("--windows are in HU, and these are grey values of 8 bits: leave the flag away")
-
-
 def _channels(plan: Plan) -> int:
     counts = set(plan.column("channels"))
     if len(counts) > 1 and counts != {1, 3}:
         raise InputError(f"images have different numbers of channels ({', '.join(map(str, sorted(counts)))}); prepare each kind on its own")
     return max(counts)
-
-
-def _intensity(plan: Plan, options: PrepareOptions, is_ct: bool, channels: int) -> IntensityMap:
-    if not options.mask_channel:
-        return options.intensity or _default_intensity(plan, is_ct, channels)
-    labels = sorted({value for found in plan.column("mask_labels") for value in found} | {0.0})
-    if len(labels) == 1:
-        raise InputError("no mask holds anything but 0: drop mask from --channels, or name another file with mask=WORD")
-    if len(labels) > MOST_MASK_LABELS:
-        raise InputError(f"the masks hold {len(labels)} values; labels, at most {MOST_MASK_LABELS}, are expected")
-    images = options.intensity or _default_intensity(plan, is_ct, channels - 1)
-    return Stack(((images, channels - 1), (Labels(tuple(labels)), 1)))
-
-
-def _default_intensity(plan: Plan, is_ct: bool, channels: int) -> IntensityMap:
-    """CT windows, percentiles per volume (MRI), the VOI window (X-ray), 8 bits, or the full range of the training images."""
-    ranges = image_ranges(plan, channels)
-    modalities = set(plan.column("modality"))
-    if is_ct:
-        return parse_windows(("brain", "subdural", "bone"))
-    if all(ranges) and (modalities <= {"MR", None} or modalities <= XRAY):
-        train = [found for found, split in zip(ranges, plan.splits, strict=True) if split == "train"] or ranges
-        nominal = np.median(np.array(train)[:, : 2 * channels].reshape(-1, channels, 2), axis=0)
-        return Recorded("voi" if modalities <= XRAY else "percentiles", tuple(tuple(pair) for pair in nominal.tolist()))
-    if set(plan.column("dtype")) == {"uint8"}:
-        return Range(0.0, 255.0)
-    ends = zip(plan.column("low"), plan.column("high"), plan.splits, strict=True)
-    train = [(low, high) for low, high, split in ends if split == "train"] or list(
-        zip(plan.column("low"), plan.column("high"), strict=True)
-    )
-    low, high = min(low for low, _ in train), max(high for _, high in train)
-    if low == high:
-        raise InputError(f"every pixel of the training images is {low}: nothing to learn from")
-    return Range(low, high)
-
-
-def image_ranges(plan: Plan, channels: int) -> list[list[float] | None]:
-    """low, high of each of an image's channels: of its volume or series (MRI), or its VOI window (X-ray); None where unknown."""
-    series = _series_ranges(plan)
-    columns = zip(plan.column("ranges"), plan.column("voi"), plan.column("modality"), plan.column("series"), strict=True)
-    return [
-        found or (list(voi) if voi and modality in XRAY else series.get(name, [])) * channels or None
-        for found, voi, modality, name in columns
-    ]
-
-
-def _series_ranges(plan: Plan) -> dict[str | None, list[float]]:
-    """Percentiles of each MR series, from the quantiles of its slices' foreground: the mean of their distribution functions, inverted."""
-    slices: dict[str | None, list[tuple[list[float], int]]] = {}
-    for name, quantiles, pixels in zip(plan.column("series"), plan.column("quantiles"), plan.column("foreground"), strict=True):
-        if quantiles:
-            slices.setdefault(name, []).append((quantiles, pixels))
-    wanted = np.array(PERCENTILES) / 100
-    ranges = {}
-    for name, found in slices.items():
-        values = np.unique([quantiles for quantiles, _ in found])
-        share = np.average([_distribution(values, quantiles) for quantiles, _ in found], axis=0, weights=[pixels for _, pixels in found])
-        low, high = np.interp(wanted, share.ravel(), np.repeat(values, 2)).tolist()
-        ranges[name] = [low, high] if low < high else _ends(plan, name)
-    return ranges
-
-
-def _ends(plan: Plan, series: str | None) -> list[float]:
-    """Smallest and largest value of a series, as it is stored."""
-    found = [ends for name, *ends in zip(plan.column("series"), plan.column("low"), plan.column("high"), strict=True) if name == series]
-    return [min(low for low, _ in found), max(high for _, high in found)]
-
-
-def _distribution(values: np.ndarray, quantiles: list[float]) -> np.ndarray:
-    """Shares `(N, 2)` of a slice's pixels that are below each value, and below or equal to it."""
-    below = 1 - np.interp(-values, -np.array(quantiles[::-1]), 1 - np.array(QUANTILES[::-1]))
-    return np.stack([below, np.interp(values, quantiles, QUANTILES)], 1)
 
 
 def final_columns(plan: Plan, info: DataInfo, options: PrepareOptions, salt: bytes) -> dict[str, list[Any]]:
@@ -363,19 +274,8 @@ def final_columns(plan: Plan, info: DataInfo, options: PrepareOptions, salt: byt
     else:
         columns["label"] = [order[found[0]] for found in plan.findings]
     if is_recorded(info.intensity):
-        masks = label_channels(info.intensity_map, info.image_channels)
-        columns["intensity_range"] = [_with_masks(found, masks) for found in image_ranges(plan, info.image_channels - masks)]
+        columns["intensity_range"] = recorded_ranges(plan.table, info)
     return columns
-
-
-def is_recorded(intensity: dict[str, Any]) -> bool:
-    """Whether an intensity map's JSON form says that ranges are recorded per image."""
-    return "'recorded'" in repr(intensity)
-
-
-def _with_masks(ranges: list[float], masks: int) -> list[list[float]]:
-    """`(C, 2)`, with a range of no meaning for each mask channel."""
-    return np.array(ranges).reshape(-1, 2).tolist() + [[0.0, 1.0]] * masks
 
 
 def _facts(plan: Plan) -> list[Facts]:
