@@ -127,3 +127,46 @@ def train_only_tokens(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, tok
     learns[tokenizer.convert_tokens_to_ids(list(tokens))] = 1
     weight.register_hook(lambda gradient: gradient * learns.to(gradient))
     return True
+
+
+@torch.no_grad()
+def forget_words(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+    """Make every prompt read as the empty one: each token's embedding but the start's becomes the end's, which also pads.
+
+    Afterwards `encode` gives every prompt, bit for bit, what it gave the empty one before (the pooled output, which diffusion
+    does not use, aside), and each token learns on its own from there. Raises InputError where another token pads.
+    """
+    check_padding(tokenizer)
+    table = text_encoder.get_input_embeddings().weight
+    start = table[tokenizer.bos_token_id].clone()
+    table.copy_(table[tokenizer.eos_token_id].clone())
+    table[tokenizer.bos_token_id] = start
+
+
+@torch.no_grad()
+def adopt_words(text_encoder: CLIPTextModel, old_tokenizer: CLIPTokenizer, new_tokenizer: CLIPTokenizer) -> None:
+    """Give a text encoder the words of another tokenizer, all of which read as the empty prompt at first (see `forget_words`).
+
+    Embeddings of start and end go to the ids that the new tokenizer has for them; its longest prompt becomes the old one's, which
+    is what the text encoder reads. Raises InputError where one of them pads with another token than the end.
+    """
+    check_padding(old_tokenizer)
+    check_padding(new_tokenizer)
+    table = text_encoder.get_input_embeddings().weight
+    start, end = table[old_tokenizer.bos_token_id].clone(), table[old_tokenizer.eos_token_id].clone()
+    table = text_encoder.resize_token_embeddings(len(new_tokenizer), mean_resizing=False).weight
+    table.copy_(end)
+    table[new_tokenizer.bos_token_id] = start
+    new_tokenizer.model_max_length = old_tokenizer.model_max_length
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text_encoder.config, name, getattr(new_tokenizer, name))
+    text_encoder.eos_token_id = new_tokenizer.eos_token_id
+
+
+def check_padding(tokenizer: CLIPTokenizer) -> None:
+    """Raise InputError where the empty prompt is not a start and ends alone."""
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        raise InputError(
+            f"this tokenizer pads with {tokenizer.pad_token} and ends with {tokenizer.eos_token}, so longer prompts cannot read as "
+            "the empty one: start from a model that pads with its end token, as Stable Diffusion 1.x and the presets do"
+        )
