@@ -31,7 +31,8 @@ from medsd import MedSDPipeline, load_dataset, load_info
 from medsd.data.dataset import INFO_FILE, DataInfo, data_features, pack
 from medsd.data.intensity import parse_windows
 from medsd.data.transforms import TrainingOrder, TrainingRows, row_classes, to_unit, training_loader
-from medsd.objectives.diffusion import denoising_error, sample_timesteps
+from medsd.objectives.diffusion import denoising_error
+from medsd.objectives.timesteps import UniformTimesteps
 from medsd.training.setup import batches
 
 ROWS, SIDE, BATCH, ROWS_PER_SHARD, PASSES = 2000, 256, 16, 1000, 5
@@ -114,14 +115,15 @@ def steps(folder: Path, count: int) -> Iterator[tuple[float, float]]:
     pipe.adopt(info)
     condition = pipe.encode_prompts(info.prompts[:1]).detach().repeat(BATCH, 1, 1)
     optimizer = torch.optim.AdamW(pipe.unet.parameters(), fused=True)
-    stream = batches(accelerator, load_dataset(folder, "train"), BATCH, "natural", 0, 0, 1)
+    rows = load_dataset(folder, "train")
+    stream = batches(accelerator, TrainingRows(rows), row_classes(rows), BATCH, "natural", 0, 0, 1)
     for number in range(count + 1):
         started = time.perf_counter()
         batch, generator = next(stream)
         waited = time.perf_counter() - started
         latents = pipe.codec.encode(to_unit(batch["images"], info.intensity_map), generator)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-        timesteps = sample_timesteps(len(latents), pipe.noise_schedule, generator)
+        timesteps, _ = UniformTimesteps(1000).sample(len(latents), generator)
         denoising_error(pipe.unet, pipe.noise_schedule, latents, noise, timesteps, condition).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

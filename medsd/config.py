@@ -11,8 +11,18 @@ from typing import ClassVar, Literal
 from medsd.errors import InputError
 
 PHANTOM = "phantom"
+GAN_WEIGHT = 0.1
 MAY_BE_ZERO = frozenset(
-    {"seed", "num_workers", "dataloader_num_workers", "lr_warmup_steps", "random_shift", "validation_steps", "checkpointing_steps"}
+    {
+        "seed",
+        "num_workers",
+        "dataloader_num_workers",
+        "lr_warmup_steps",
+        "gan_start",
+        "random_shift",
+        "validation_steps",
+        "checkpointing_steps",
+    }
 )
 
 RULES_WAIT: ContextVar[bool] = ContextVar("RULES_WAIT", default=False)
@@ -85,7 +95,8 @@ class PrepareDataConfig(RecipeConfig):
     slices: Literal["content", "mask", "all"] = "content"
     """Which slices of a volume: those that show something, those with something in the mask, or all."""
     channels: tuple[str, ...] | None = None
-    """Volumes stacked as channels, named by a word of their file names (t1ce; mask, or mask=seg for files called seg)."""
+    """Volumes stacked as channels, named by a word of their file names (t1ce; mask, or mask=seg for files called seg); image mask
+    stacks the mask of a phantom, or of --mask_column, behind its image."""
     prompt_template: str | None = None
     """Sentence around the class, with {label} in it. Default: "a medical image of {label}" (a collection's own, if it has one)."""
     prompt_metadata: tuple[Literal["age_band", "sex", "view", "slice_position"], ...] | None = None
@@ -146,8 +157,16 @@ class PrepareDataConfig(RecipeConfig):
             raise InputError("--multi_label needs --labels FILE.csv with the findings, and --source csv, dicom or nifti")
         if self.mask_column is not None and self.source == "nifti":
             raise InputError("--mask_column is for images; the mask of NIfTI volumes is a channel: --channels t1 mask")
-        if self.channels is not None and (self.source not in {"nifti", "brats"} or self.multi_label):
-            raise InputError("--channels stacks volumes of --source nifti or brats with one class an image: leave it away")
+        if self.channels is not None and (self.source not in {"nifti", "brats"} or self.multi_label) and not self.stacks_mask:
+            raise InputError(
+                "--channels stacks volumes of --source nifti or brats with one class an image, and image mask what --mask_column names "
+                "(or the phantom has): leave it away"
+            )
+
+    @property
+    def stacks_mask(self) -> bool:
+        """Whether the masks of single images become their last channel."""
+        return self.channels == ("image", "mask") and (self.source == "phantom" or self.mask_column is not None)
 
 
 @dataclass
@@ -228,6 +247,11 @@ class TrainingConfig(RecipeConfig):
         steps = {"last": self.max_train_steps, "logging": self.logging_steps, "validation": self.validation_steps}
         return steps | {"checkpointing": self.checkpointing_steps, "checkpoints_kept": self.checkpoints_total_limit}
 
+    def optimisation(self, default_rate: float) -> dict[str, object]:
+        """Keyword arguments of `medsd.training.setup.Optimisation`."""
+        names = ("use_8bit_adam", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "use_ema")
+        return {"learning_rate": self.learning_rate or default_rate} | {name: getattr(self, name) for name in names}
+
     def check(self) -> None:
         """And the rules of this recipe."""
         super().check()
@@ -253,17 +277,27 @@ class FinetuneUNetConfig(TrainingConfig):
     output_dir: str = "runs/{name}/unet"
     """Folder of the pipeline that comes out."""
     pretrained_model_name_or_path: str | None = None
-    """Pipeline folder or Hub id to start from: any Stable Diffusion 1.x / 2.x, or a medsd run."""
+    """Pipeline folder, Hub id or single file to start from: a medsd run, Stable Diffusion 1.x / 2.x, or an unconditional model."""
     revision: str | None = None
     """Revision of a Hub id."""
     preset: Literal["tiny", "small", "sd15"] | None = None
     """Size of a model that starts from random weights. Default without a pretrained one: tiny."""
     vae: str | None = None
-    """Folder or Hub id of an AutoencoderKL, for a preset or in place of the pretrained pipeline's own."""
-    codec: Literal["kl", "pixels"] | None = None
-    """kl: latents of an AutoencoderKL; pixels: space-to-depth. Default: kl where there is a VAE, else pixels."""
+    """Folder, Hub id or single file of an autoencoder, for a preset or in place of the pretrained model's own."""
+    codec: Literal["kl", "vq", "pixels"] | None = None
+    """kl, vq: latents of an AutoencoderKL or VQModel; pixels: space-to-depth. Default: the VAE's where there is one, else pixels."""
     pixel_factor: int | None = None
-    """Side of the pixel block that becomes channels (codec pixels). Default: 4."""
+    """Side of the pixel block that becomes channels (codec pixels); 1 for plain pixel diffusion. Default: 4."""
+    adapt_channels: bool = False
+    """Make a pretrained model of another number of image channels fit the data; exact for one channel."""
+    cache_latents: bool = False
+    """Encode each image once and keep the moments of its latents on disk (in HF_HOME/medsd); each step still draws latents anew."""
+    cached_augmentations: int | None = None
+    """With cache_latents and augmentation: in how many augmented versions each image is kept."""
+    enable_vae_slicing: bool = False
+    """Encode and decode image by image: less memory."""
+    enable_vae_tiling: bool = False
+    """Encode and decode large images tile by tile: less memory, with faint seams. Large is above the autoencoder's sample_size."""
     rank: int | None = None
     """Train LoRA adapters of this rank instead of the whole UNet."""
     lora_alpha: int | None = None
@@ -278,8 +312,24 @@ class FinetuneUNetConfig(TrainingConfig):
     """What the UNet predicts. Default: the pretrained scheduler's, else v_prediction, which small models learn to draw with soonest."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
     """Noise schedule. Default: the pretrained scheduler's, else scaled_linear."""
-    loss_type: Literal["l2", "l1", "huber"] = "l2"
-    """Element-wise loss of the prediction."""
+    rescale_betas_zero_snr: bool = False
+    """Let the signal vanish at the last timestep (Lin et al., 2024); for v_prediction and sample."""
+    learned_variance: bool = False
+    """Let a preset's UNet in pixels also predict the variance of each step, by the hybrid loss (Nichol and Dhariwal, 2021)."""
+    loss_type: Literal["l2", "l1", "smooth_l1", "huber"] = "l2"
+    """Element-wise loss of the prediction; smooth_l1 is quadratic below an error of 1, huber below a threshold for each timestep."""
+    huber_schedule: Literal["snr", "exponential", "constant"] = "snr"
+    """How the threshold of loss_type huber falls with the timestep."""
+    huber_c: float = 0.1
+    """Threshold of loss_type huber where the signal is gone."""
+    noise_offset: float = 0.0
+    """Share of noise that is the same over a whole channel (Guttenberg, 2023), so that brightness varies more; 0.1 is usual."""
+    input_perturbation: float = 0.0
+    """Noise added to the noise that the UNet sees, not to what it predicts (Ning et al., 2023); 0.1 is usual."""
+    timestep_sampling: Literal["uniform", "logit_normal", "importance"] = "uniform"
+    """Timesteps of training: equally often, more often in the middle, or more often where the loss is large, at the same expected loss."""
+    lesion_weight: float = 1.0
+    """How often a place within a lesion's mask counts, against one outside."""
     snr_gamma: float | None = None
     """Min-SNR-gamma loss weights (Hang et al., 2023); 0 for none. Default: 20 from a preset, none for a pretrained model."""
     proportion_empty_prompts: float = 0.1
@@ -295,47 +345,111 @@ class FinetuneUNetConfig(TrainingConfig):
         if self.rank and self.pretrained_model_name_or_path is None:
             raise InputError("--rank adapts a pretrained model: give --pretrained_model_name_or_path")
         if self.codec == "kl" and self.pretrained_model_name_or_path is None and self.vae is None:
-            raise InputError("--codec kl from a preset needs --vae FOLDER")
+            raise InputError("--codec kl from a preset needs --vae FOLDER, which recipes/finetune_vae.py trains")
         if self.lora_alpha is not None and self.rank is None:
             raise InputError("--lora_alpha belongs to --rank: give both")
         if self.pixel_factor is not None and (self.vae or self.pretrained_model_name_or_path):
             raise InputError("--pixel_factor is for a --preset without --vae; a pretrained model keeps its own codec")
         if self.codec == "pixels" and (self.vae or self.pretrained_model_name_or_path):
             raise InputError("--codec pixels is for a --preset without --vae; a pretrained model keeps its own codec")
-        lost = ["train_text_encoder", "prediction_type", "beta_schedule"]
+        lost = ["train_text_encoder", "prediction_type", "beta_schedule", "rescale_betas_zero_snr", "adapt_channels"]
         for field in lost if self.rank else []:
             if getattr(self, field):
                 raise InputError(f"--{field} cannot go with --rank: a LoRA run keeps its base's own")
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise InputError(f"--proportion_empty_prompts {self.proportion_empty_prompts} is not within 0 and 1")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Rules of codec, noise and loss."""
+        if self.codec == "vq" and self.pretrained_model_name_or_path is None and self.vae is None:
+            raise InputError("--codec vq from a preset needs --vae FOLDER, which recipes/finetune_vae.py --codec vq trains")
+        if self.learned_variance and (self.vae or self.pretrained_model_name_or_path):
+            raise InputError("--learned_variance is for a --preset in pixels: leave it away (a pretrained model keeps its own output)")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise InputError("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: pure noise tells nothing of eps")
+        if self.adapt_channels and self.pretrained_model_name_or_path is None:
+            raise InputError("--adapt_channels is for a pretrained model: give --pretrained_model_name_or_path")
+        augmented = any(value not in {0, "none"} for value in self.augmentation().values())
+        if self.cache_latents and augmented and self.cached_augmentations is None:
+            raise InputError("--cache_latents keeps images as they are: drop the --random_* flags, or give --cached_augmentations 8")
+        if self.cached_augmentations is not None and not (self.cache_latents and augmented):
+            raise InputError("--cached_augmentations belongs to --cache_latents with --random_* flags: give these, too")
+        for field in ("noise_offset", "input_perturbation"):
+            if getattr(self, field) < 0:
+                raise InputError(f"--{field} {getattr(self, field)}: 0 or more is expected")
+        for field in ("huber_c", "lesion_weight"):
+            if getattr(self, field) <= 0:
+                raise InputError(f"--{field} {getattr(self, field)}: a number above 0 is expected")
 
 
 @dataclass
 class FinetuneVAEConfig(TrainingConfig):
-    """Fine-tune an AutoencoderKL, or train one from a preset."""
+    """Fine-tune an AutoencoderKL or VQModel, or train one from a preset."""
 
     section: ClassVar[str] = "finetune_vae"
 
     output_dir: str = "runs/{name}/vae"
     """Folder of the autoencoder that comes out."""
     pretrained_model_name_or_path: str | None = None
-    """Folder or Hub id to start from: an AutoencoderKL, or a pipeline that has one."""
+    """Folder, Hub id or single file to start from: an autoencoder, or a pipeline that has one."""
+    revision: str | None = None
+    """Revision of a Hub id."""
     preset: Literal["tiny", "small", "sd15"] | None = None
     """Size of an autoencoder that starts from random weights. Default without a pretrained one: tiny."""
+    codec: Literal["kl", "vq"] | None = None
+    """kl: AutoencoderKL; vq: VQModel, with a codebook. Default: the pretrained one's kind, else kl."""
+    adapt_channels: bool = False
+    """Make a pretrained autoencoder of another number of channels fit the images; exact for one channel."""
+    rank: int | None = None
+    """Train LoRA adapters of this rank, merged into the weights at the end, instead of all weights."""
+    lora_alpha: int | None = None
+    """Scale of the LoRA adapters. Default: the rank."""
     loss_type: Literal["l1", "l2", "huber"] = "l1"
-    """Element-wise loss of the reconstruction."""
+    """Element-wise loss of the reconstruction; huber is quadratic below an error of 1."""
     kl_weight: float = 1e-6
-    """Weight of the posterior's KL divergence, nats per latent element."""
+    """Weight of the posterior's KL divergence, nats per latent element (codec kl)."""
+    commitment_weight: float = 0.25
+    """Weight with which latents are drawn to their codebook entries (codec vq)."""
+    perceptual_weight: float = 0.1
+    """Weight of the distance in the features of a fixed network; 0 for none."""
+    perceptual_model: str | None = None
+    """Folder or Hub id of a vision model of transformers to compare features of. Default: fixed random filters, nothing to download."""
+    gan_weight: float | None = None
+    """Weight of a patch discriminator's loss, times the adaptive weight; 0 for none. Default: none, and 0.1 with gan_start."""
+    gan_start: int | None = None
+    """Update at which the discriminator joins. Default: half of max_train_steps, where there is a gan_weight."""
     decoder_only: bool = False
     """Train the decoder alone, so that latents keep their meaning for a pretrained UNet."""
+    enable_vae_slicing: bool = False
+    """Encode and decode image by image: less memory."""
+    enable_vae_tiling: bool = False
+    """Encode and decode large images tile by tile: less memory, with faint seams. Large is above the autoencoder's sample_size (512)."""
+
+    @property
+    def discriminator(self) -> tuple[float, int] | None:
+        """Weight and first update of the discriminator; None for none."""
+        if self.gan_weight == 0 or (self.gan_weight is None and self.gan_start is None):
+            return None
+        weight = GAN_WEIGHT if self.gan_weight is None else self.gan_weight
+        return weight, self.max_train_steps // 2 if self.gan_start is None else self.gan_start
 
     def check(self) -> None:
         """And the rules of this recipe."""
         super().check()
-        if self.pretrained_model_name_or_path and self.preset:
+        pretrained = self.pretrained_model_name_or_path
+        if pretrained and self.preset:
             raise InputError("--pretrained_model_name_or_path and --preset exclude each other: drop one")
-        if self.decoder_only and self.pretrained_model_name_or_path is None:
-            raise InputError("--decoder_only keeps a pretrained encoder: give --pretrained_model_name_or_path")
+        for field in ("decoder_only", "rank", "adapt_channels", "revision"):
+            if getattr(self, field) and pretrained is None:
+                raise InputError(f"--{field} is for a pretrained autoencoder: give --pretrained_model_name_or_path")
+        if self.lora_alpha is not None and self.rank is None:
+            raise InputError("--lora_alpha belongs to --rank: give both")
+        if self.perceptual_model is not None and self.perceptual_weight == 0:
+            raise InputError("--perceptual_model belongs to a --perceptual_weight above 0: give both")
+        for field in ("kl_weight", "commitment_weight", "perceptual_weight", "gan_weight"):
+            if (getattr(self, field) or 0) < 0:
+                raise InputError(f"--{field} {getattr(self, field)}: 0 or more is expected")
 
 
 @dataclass

@@ -49,6 +49,13 @@ def replace_folder(made: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def cache_folder(kind: str) -> Path:
+    """Where what can be computed again is kept between runs: below `HF_HOME`, beside the cache of data sets."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "medsd" / kind
+
+
 def partial_folder(final: Path) -> Path:
     """A fresh hidden folder beside `final`, to be filled and then put in its place."""
     made = final.with_name(f".{final.name}.partial")

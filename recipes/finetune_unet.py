@@ -19,11 +19,10 @@ from medsd.errors import InputError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch.nn import Module
 
     from medsd.data.dataset import DataInfo
     from medsd.inference.pipeline import MedSDPipeline
-    from medsd.training.checkpoint import TrainState
+    from medsd.training.latents import LatentSource
     from medsd.training.preview import HeldOut
     from medsd.training.record import RunRecord
 
@@ -79,34 +78,68 @@ def data_info(config: FinetuneUNetConfig) -> "DataInfo":
 def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeline":
     """The model to start from, on the CPU, with the data's classes, prompts and intensity map, and the resolution to train at."""
     from medsd.data.dataset import available_splits, load_dataset
-    from medsd.data.transforms import pixel_statistics
-    from medsd.inference.pipeline import MedSDPipeline
-    from medsd.models.codec import load_vae
+    from medsd.models.autoencoders import save_memory
     from medsd.models.conditioning import tokenize
     from medsd.models.unet import enable_xformers
     from medsd.training.prompts import row_prompts
 
-    vae = load_vae(config.vae) if config.vae else None
     seen = {"train", *available_splits(config.dataset_name)} - {"test"}
     rows = {split: load_dataset(config.dataset_name, split) for split in seen}
     prompts = sorted({prompt for split in seen for prompt in row_prompts(rows[split], info).prompts})
     if config.pretrained_model_name_or_path is not None:
-        pipe = load_base(config)
-        if vae is not None:
-            pipe.replace_vae(vae)
-    elif vae is not None:
-        pipe = MedSDPipeline.from_preset(config.preset or "tiny", info, vae, prompts=prompts)
+        pipe = start_from_pretrained(config, info, prompts)
     else:
-        mean, std = pixel_statistics(rows["train"], info.intensity_map, resolution=info.resolution)
-        pipe = MedSDPipeline.from_preset(config.preset or "tiny", info, None, config.pixel_factor or 4, mean, std, prompts)
+        pipe = start_from_preset(config, info, prompts, rows["train"])
     if config.enable_xformers_memory_efficient_attention:
         enable_xformers(pipe.unet)
+    if pipe.vae is not None:
+        save_memory(pipe.vae, config.enable_vae_slicing, config.enable_vae_tiling)
     pipe.set_progress_bar_config(disable=True)
-    pipe.change_schedule(prediction_type=config.prediction_type, beta_schedule=config.beta_schedule)
+    pipe.change_schedule(
+        prediction_type=config.prediction_type,
+        beta_schedule=config.beta_schedule,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr or None,
+    )
     pipe.adopt(info)
     tokenize(pipe.tokenizer, prompts)
     if config.codec and config.codec != pipe.codec.kind:
         raise InputError(f"--codec {config.codec}: this model's codec is {pipe.codec.kind}; start from another one or leave the flag away")
+    return pipe
+
+
+def start_from_preset(config: FinetuneUNetConfig, info: "DataInfo", prompts: list[str], rows: Any) -> "MedSDPipeline":
+    """Random weights, in latents of `--vae` or in pixels."""
+    from medsd.data.transforms import pixel_statistics
+    from medsd.inference.pipeline import MedSDPipeline
+    from medsd.models.autoencoders import load_vae
+
+    preset = config.preset or "tiny"
+    if config.vae is not None:
+        return MedSDPipeline.from_preset(preset, info, load_vae(config.vae), prompts=prompts)
+    mean, std = pixel_statistics(rows, info.intensity_map, resolution=info.resolution)
+    return MedSDPipeline.from_preset(preset, info, None, config.pixel_factor or 4, mean, std, prompts, config.learned_variance)
+
+
+def start_from_pretrained(config: FinetuneUNetConfig, info: "DataInfo", prompts: list[str]) -> "MedSDPipeline":
+    """The pretrained pipeline, with another autoencoder, other channels and new words where these are wanted."""
+    from medsd.models.autoencoders import load_vae
+    from medsd.models.codec import same_latents
+
+    pipe = load_base(config)
+    if config.vae is not None:
+        before, vae = pipe.vae, load_vae(config.vae)
+        pipe.replace_vae(vae)
+        if before is None or not same_latents(before, vae):
+            print(
+                f"warning: {config.vae} makes other latents than those this UNet was trained on, so the UNet must be trained in full: "
+                "leave --rank away, or train the VAE with --decoder_only"
+            )
+    if config.adapt_channels:
+        pipe.adapt_channels(info)
+    if not pipe.reads_prompts and info.class_names:
+        if config.rank:
+            raise InputError(f"{config.pretrained_model_name_or_path} is unconditional and learns classes only in full: leave --rank away")
+        pipe.learn_words(info, prompts)
     return pipe
 
 
@@ -132,7 +165,7 @@ def choose_trained(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> dict[st
     if config.rank:
         add_lora(pipe.unet, config.rank, config.lora_alpha, FROZEN_DTYPES[config.mixed_precision])
         pipe.record_base(config.pretrained_model_name_or_path, config.revision)
-    if config.pretrained_model_name_or_path is None or config.train_text_encoder:
+    if config.pretrained_model_name_or_path is None or config.train_text_encoder or not pipe.info.reads_prompts:
         return {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     learns = train_only_tokens(pipe.text_encoder, pipe.tokenizer, pipe.data.class_tokens)
     return {"unet": pipe.unet, "text_encoder": pipe.text_encoder} if learns else {"unet": pipe.unet}
@@ -144,80 +177,84 @@ def default_snr_gamma(config: FinetuneUNetConfig) -> float | None:
     return wanted or None
 
 
-def default_learning_rate(config: FinetuneUNetConfig) -> float:
-    """1e-3 from random weights, 1e-4 for adapters, 1e-5 for a pretrained model in full."""
+def default_learning_rate(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> float:
+    """1e-3 from random weights, 1e-4 for adapters and for a model that has to learn its words, 1e-5 for another pretrained one in full."""
     if config.pretrained_model_name_or_path is None:
         return 1e-3
-    return 1e-4 if config.rank else 1e-5
+    return 1e-4 if config.rank or not pipe.info.reads_prompts else 1e-5
 
 
-def start_training(
-    config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPipeline"
-) -> "tuple[TrainState, dict[str, Module], int]":
-    """Choose what learns, and restore a checkpoint; see `medsd.training.setup.start`."""
-    from medsd.training.checkpoint import find_checkpoint
-    from medsd.training.setup import start
+def build_source(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPipeline", rows: Any) -> "LatentSource":
+    """Where latents come from: the codec at every step, or its moments on disk."""
+    from medsd.data.intensity import label_channels
+    from medsd.data.transforms import Augmentation
+    from medsd.runtime import cache_folder
+    from medsd.training.latents import CachedLatents, EncodedLatents, Images, cache_moments
+
+    data, codec, device = pipe.data, pipe.codec, accelerator.device
+    labels = label_channels(data.intensity_map, data.image_channels)
+    images = Images(data, Augmentation(**config.augmentation(), label_channels=labels))
+    if config.lesion_weight != 1 and "mask" not in rows.column_names and not labels:
+        raise InputError(f"--lesion_weight {config.lesion_weight}: {config.dataset_name} has no masks; prepare it with --mask_column")
+    if not config.cache_latents:
+        return EncodedLatents(images, codec, config.lesion_weight)
+    with accelerator.local_main_process_first():
+        weighted, variants = config.lesion_weight != 1, config.cached_augmentations or 1
+        folder = cache_moments(cache_folder("moments"), rows, images, codec, device, variants, config.seed, weighted)
+    accelerator.print(f"moments of {len(rows)} images in {folder}")
+    return CachedLatents(folder, codec, device, config.lesion_weight)
+
+
+def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPipeline", record: "RunRecord") -> None:
+    """Train `pipe` in place and save it to the run's folder."""
+    from medsd.data.dataset import load_dataset
+    from medsd.data.transforms import TrainingRows, row_classes, sample_rows
+    from medsd.models.conditioning import drop_prompts, encode_chosen, tokenize
+    from medsd.models.unet import attention_kernel
+    from medsd.objectives.diffusion import denoising_error, draw_noise, draw_perturbation, elementwise_loss, hybrid_error, min_snr_weight
+    from medsd.objectives.timesteps import timestep_sampler
+    from medsd.training.loop import Cadence, updates
+    from medsd.training.preview import HeldOut
+    from medsd.training.prompts import row_prompts
+    from medsd.training.setup import Optimisation, batches, resume, start
 
     modules = choose_trained(config, pipe)
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     pipe.to(accelerator.device)
-    return start(
-        accelerator,
-        modules,
-        config.learning_rate or default_learning_rate(config),
-        config.use_8bit_adam,
-        config.lr_scheduler,
-        config.lr_warmup_steps,
-        config.max_train_steps,
-        config.use_ema,
-        find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint),
-    )
-
-
-def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPipeline", record: "RunRecord") -> None:
-    """Train `pipe` in place and save it to the run's folder."""
-    import torch
-
-    from medsd.data.dataset import load_dataset
-    from medsd.data.intensity import label_channels
-    from medsd.data.transforms import Augmentation, sample_rows, to_unit
-    from medsd.models.conditioning import drop_prompts, encode_chosen, tokenize
-    from medsd.models.unet import attention_kernel
-    from medsd.objectives.diffusion import denoising_error, min_snr_weight, sample_timesteps
-    from medsd.training.loop import Cadence, updates
-    from medsd.training.preview import HeldOut
-    from medsd.training.prompts import row_prompts
-    from medsd.training.setup import batches
-
-    state, networks, done = start_training(config, accelerator, pipe)
-    unet, text_encoder = networks["unet"], networks.get("text_encoder", pipe.text_encoder)
-    data, codec, schedule, snr_gamma = pipe.data, pipe.codec, pipe.noise_schedule, default_snr_gamma(config)
-    intensity, size = data.intensity_map, config.train_batch_size
-    augment = Augmentation(**config.augmentation(), label_channels=label_channels(intensity, data.image_channels))
     rows = sample_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples, config.seed)
-    table = row_prompts(rows, data)
+    source = build_source(config, accelerator, pipe, rows)
+    state, networks = start(accelerator, modules, Optimisation(**config.optimisation(default_learning_rate(config, pipe))))
+    schedule, snr_gamma = pipe.noise_schedule, default_snr_gamma(config)
+    sampler = timestep_sampler(config.timestep_sampling, schedule.config.num_train_timesteps)
+    state.memory["timesteps"] = sampler.state
+    done = resume(state, record.folder, config.resume_from_checkpoint)
+    unet, text_encoder = networks["unet"], networks.get("text_encoder", pipe.text_encoder)
+    table = row_prompts(rows, pipe.data)
     prompt_ids = tokenize(pipe.tokenizer, table.prompts).to(accelerator.device)
-    workers = config.dataloader_num_workers
-    stream = batches(accelerator, rows, size, config.class_sampling, config.seed, done, workers, table.numbers)
-    cadence = Cadence(**config.cadence())
+    reader = TrainingRows(rows, table.numbers, with_masks=config.lesion_weight != 1, with_images=not config.cache_latents)
+    order = (row_classes(rows), config.train_batch_size, config.class_sampling, config.seed, done, config.dataloader_num_workers)
+    stream = batches(accelerator, reader, *order)
+    measure = hybrid_error if pipe.learns_variance else denoising_error
+    element_loss = elementwise_loss(config.loss_type, schedule, config.huber_schedule, config.huber_c)
     held_out = HeldOut(pipe, config.dataset_name)
     record.environment(device=str(accelerator.device), attention=attention_kernel(pipe.unet), trained_parameters=state.size)
 
-    for _ in updates(accelerator, state, record, done, cadence, partial(look, held_out, record)):
+    for _ in updates(accelerator, state, record, done, Cadence(**config.cadence()), partial(look, held_out, record)):
         # The training step.
         for _ in range(config.gradient_accumulation_steps):
             batch, generator = next(stream)
             with accelerator.accumulate(*networks.values()):
-                images = augment(to_unit(batch["images"], intensity, batch.get("ranges"), data.resolution), generator)
-                latents = codec.encode(images, generator)
-                noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-                timesteps = sample_timesteps(len(latents), schedule, generator)
+                latents, emphasis = source(batch, generator)
+                noise = draw_noise(latents, generator, config.noise_offset)
+                perturbation = draw_perturbation(latents, generator, config.input_perturbation)
+                timesteps, factors = sampler.sample(len(latents), generator)
                 prompts = drop_prompts(batch["prompts"], len(prompt_ids) - 1, config.proportion_empty_prompts, generator)
                 condition = encode_chosen(text_encoder, prompt_ids, prompts)
-                error = denoising_error(unet, schedule, latents, noise, timesteps, condition, config.loss_type)
-                loss = (min_snr_weight(schedule, timesteps, snr_gamma) * error).mean()
-                state.learn(accelerator, loss, config.max_grad_norm)
+                error = measure(unet, schedule, latents, noise, timesteps, condition, element_loss, emphasis, perturbation)
+                error = min_snr_weight(schedule, timesteps, snr_gamma) * error
+                sampler.learn(timesteps, error)
+                state.learn(accelerator, (factors * error).mean(), config.max_grad_norm)
 
     accelerator.wait_for_everyone()
     state.adopt_average()

@@ -1,156 +1,246 @@
-"""Fine-tune an AutoencoderKL on medical images, or train one from a preset.
+"""Fine-tune an autoencoder (AutoencoderKL or VQModel) on medical images, or train one from a preset.
 
-accelerate launch recipes/finetune_vae.py
-accelerate launch recipes/finetune_vae.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --decoder_only
+    accelerate launch recipes/finetune_vae.py
+    accelerate launch recipes/finetune_vae.py --codec vq --output_dir runs/phantom/vqvae
+    accelerate launch recipes/finetune_vae.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --decoder_only
+
+The loop is in `train`. What varies (KL or VQ, full or LoRA, with or without a discriminator) is decided before it.
 """
 
+import json
 import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medsd.commandline import run
 from medsd.config import FinetuneVAEConfig
+from medsd.errors import InputError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
-    from torch.nn import Module
 
     from medsd.data.dataset import DataInfo
-    from medsd.models.codec import KLCodec
-    from medsd.training.checkpoint import TrainState
+    from medsd.models.codec import LearnedCodec
+    from medsd.objectives.autoencoder import Penalty, WeightedSum
+    from medsd.training.adversary import Adversary, NoAdversary
+    from medsd.training.reconstruction import HeldOutImages
     from medsd.training.record import RunRecord
+
+STATISTICS_IMAGES = 512
+"""Training images that the latents' statistics, and the linear codec to compare with, are measured on."""
+HELD_OUT_IMAGES = 512
+LOOK_IMAGES = 32
 
 
 def main(config: FinetuneVAEConfig) -> None:
-    """Build the autoencoder, train it, and leave a folder that `AutoencoderKL.from_pretrained` loads."""
+    """Build the autoencoder, train it, and leave a folder that `AutoencoderKL.from_pretrained` (or VQModel) loads."""
     from medsd.data.dataset import load_info
     from medsd.data.transforms import at_resolution
-    from medsd.models.codec import KLCodec, build_vae, load_vae
-    from medsd.models.presets import PRESETS
+    from medsd.models.autoencoders import save_memory
+    from medsd.models.codec import codec_of
     from medsd.models.unet import enable_xformers
     from medsd.runtime import check_output, quiet_libraries
+    from medsd.training.checkpoint import find_checkpoint
     from medsd.training.record import RunRecord
     from medsd.training.setup import build_accelerator, clear_output, eight_bit_adam
 
     quiet_libraries()
-    output_dir, start = Path(config.output_dir), config.pretrained_model_name_or_path
+    output_dir = Path(config.output_dir)
     if not config.resume_from_checkpoint:
-        check_output(output_dir, config.overwrite, [start, config.dataset_name])
+        check_output(output_dir, config.overwrite, [config.pretrained_model_name_or_path, config.dataset_name])
+    find_checkpoint(output_dir, config.resume_from_checkpoint)
     accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed)
     info = at_resolution(load_info(config.dataset_name), config.resolution)
-    vae = load_vae(start) if start else build_vae(PRESETS[config.preset or "tiny"], info.channels)
-    codec = KLCodec(vae, info.channels)
+    vae = build_autoencoder(config, info)
+    codec = codec_of(vae, info.channels)
     codec.check_side(info.resolution)
+    save_memory(vae, config.enable_vae_slicing, config.enable_vae_tiling)
     if config.enable_xformers_memory_efficient_attention:
         enable_xformers(vae)
     if config.use_8bit_adam:
         eight_bit_adam()
+    distance = build_distance(config)
     clear_output(accelerator, output_dir, config.overwrite)
     with RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard") as record:
-        train(config, accelerator, codec, info, record)
+        train(config, accelerator, codec, info, distance, record)
     if config.push_to_hub and accelerator.is_main_process:
         vae.push_to_hub(config.hub_model_id, private=config.hub_private_repo)
     vae, data, unet = (shlex.quote(str(path)) for path in (output_dir, config.dataset_name, output_dir.with_name("unet")))
     accelerator.print(f"next: accelerate launch recipes/finetune_unet.py --vae {vae} --dataset_name {data} --output_dir {unet}")
 
 
-def start_training(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec") -> "tuple[TrainState, dict[str, Module], int]":
-    """Choose what learns, and restore a checkpoint; see `medsd.training.setup.start`."""
-    from medsd.models.codec import Autoencoding
-    from medsd.training.checkpoint import find_checkpoint
-    from medsd.training.setup import start
+def build_autoencoder(config: FinetuneVAEConfig, info: "DataInfo") -> Any:
+    """The autoencoder to start from, in float32 on the CPU, with channels that fit where `--adapt_channels` says so."""
+    from medsd.data.intensity import label_channels
+    from medsd.models.autoencoders import build_vae, load_vae
+    from medsd.models.channels import adapt_vae
+    from medsd.models.presets import PRESETS
 
-    vae = codec.vae.to(accelerator.device)
+    if config.pretrained_model_name_or_path is None:
+        return build_vae(PRESETS[config.preset or "tiny"], info.channels, config.codec or "kl")
+    vae = load_vae(config.pretrained_model_name_or_path, config.revision)
+    kind = "vq" if type(vae).__name__ == "VQModel" else "kl"
+    if config.codec not in {None, kind}:
+        raise InputError(f"--codec {config.codec}: {config.pretrained_model_name_or_path} is of codec {kind}; leave the flag away")
+    if config.adapt_channels and vae.config.in_channels != info.channels:
+        adapt_vae(vae, info.channels, label_channels(info.intensity_map, info.image_channels))
+    return vae
+
+
+def build_distance(config: FinetuneVAEConfig) -> "WeightedSum":
+    """Element-wise error, plus the distance of features."""
+    from medsd.objectives.autoencoder import WeightedSum, reconstruction_error
+    from medsd.objectives.perceptual import perceptual_distance
+
+    parts = [(1.0, partial(reconstruction_error, loss_type=config.loss_type))]
+    if config.perceptual_weight:
+        parts.append((config.perceptual_weight, perceptual_distance(config.perceptual_model)))
+    return WeightedSum(parts)
+
+
+def build_penalty(config: FinetuneVAEConfig, codec: "LearnedCodec") -> "Penalty":
+    """KL divergence of the posterior, or codebook and commitment."""
+    from medsd.objectives.autoencoder import codebook_loss, kl_divergence
+
+    if codec.kind == "vq":
+        return partial(codebook_loss, commitment=config.commitment_weight)
+    return lambda mean, log_variance: config.kl_weight * kl_divergence(mean, log_variance)
+
+
+def choose_trained(config: FinetuneVAEConfig, codec: "LearnedCodec") -> Any:
+    """Freeze what does not learn; returns the adapters, if there are any."""
+    from medsd.models.autoencoders import add_vae_lora, choose_decoder
+
+    adapters = add_vae_lora(codec.vae, config.rank, config.lora_alpha, config.decoder_only) if config.rank else None
     if config.decoder_only:
-        vae.encoder.requires_grad_(False)
-        if vae.quant_conv is not None:
-            vae.quant_conv.requires_grad_(False)
+        choose_decoder(codec.vae)
     if config.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
-    return start(
-        accelerator,
-        {"autoencoder": Autoencoding(codec)},
-        config.learning_rate or (1e-5 if config.pretrained_model_name_or_path else 1e-3),
-        config.use_8bit_adam,
-        config.lr_scheduler,
-        config.lr_warmup_steps,
-        config.max_train_steps,
-        config.use_ema,
-        find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint),
-    )
+        codec.vae.enable_gradient_checkpointing()
+    return adapters
 
 
-def train(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "KLCodec", info: "DataInfo", record: "RunRecord") -> None:
+def build_adversary(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "LearnedCodec") -> "Adversary | NoAdversary":
+    """The discriminator that `--gan_weight` and `--gan_start` ask for."""
+    from medsd.models.autoencoders import last_layer
+    from medsd.training.adversary import Adversary, NoAdversary
+    from medsd.training.setup import Optimisation
+
+    if config.discriminator is None:
+        return NoAdversary()
+    optimisation = Optimisation(**config.optimisation(default_learning_rate(config)) | {"use_ema": False, "lr_scheduler": "constant"})
+    return Adversary(accelerator, codec.image_channels, *config.discriminator, last_layer(codec.vae), optimisation)
+
+
+def default_learning_rate(config: FinetuneVAEConfig) -> float:
+    """1e-3 from random weights, 1e-4 for adapters, 1e-5 for a pretrained autoencoder in full."""
+    if config.pretrained_model_name_or_path is None:
+        return 1e-3
+    return 1e-4 if config.rank else 1e-5
+
+
+def train(
+    config: FinetuneVAEConfig,
+    accelerator: "Accelerator",
+    codec: "LearnedCodec",
+    info: "DataInfo",
+    distance: "WeightedSum",
+    record: "RunRecord",
+) -> None:
     """Train the codec's autoencoder in place and save it."""
     from medsd.data.dataset import load_dataset
     from medsd.data.intensity import label_channels
-    from medsd.data.transforms import Augmentation, sample_images, sample_rows, to_unit
-    from medsd.objectives.autoencoder import kl_divergence, reconstruction_error
+    from medsd.data.transforms import Augmentation, TrainingRows, row_classes, sample_images, sample_rows, to_unit
+    from medsd.models.autoencoders import merge_vae_lora, training_pass
     from medsd.training.loop import Cadence, updates
-    from medsd.training.setup import batches
+    from medsd.training.reconstruction import HeldOutImages
+    from medsd.training.setup import Optimisation, batches, latent_noise, resume, start
 
-    state, networks, done = start_training(config, accelerator, codec)
-    autoencoder, intensity = networks["autoencoder"], info.intensity_map
-    augment = Augmentation(**config.augmentation(), label_channels=label_channels(intensity, info.image_channels))
     rows = sample_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples, config.seed)
-    stream = batches(accelerator, rows, config.train_batch_size, "natural", config.seed, done, config.dataloader_num_workers)
-    cadence = Cadence(**config.cadence())
+    some = sample_images(rows, info.intensity_map, STATISTICS_IMAGES, info.resolution)
+    codec.vae.to(accelerator.device)
+    prepare_codebook(config, codec, some)
+    adapters = choose_trained(config, codec)
+    optimisation = Optimisation(**config.optimisation(default_learning_rate(config)))
+    state, networks = start(accelerator, {"autoencoder": training_pass(codec)}, optimisation)
+    adversary = build_adversary(config, accelerator, codec)
+    state.partners.update(adversary.partners)
+    done = resume(state, record.folder, config.resume_from_checkpoint)
+    autoencoder, penalty, intensity = networks["autoencoder"], build_penalty(config, codec), info.intensity_map
+    distance = distance.to(accelerator.device)
+    augment = Augmentation(**config.augmentation(), label_channels=label_channels(intensity, info.image_channels))
+    workers, classes = config.dataloader_num_workers, row_classes(rows)
+    stream = batches(accelerator, TrainingRows(rows), classes, config.train_batch_size, "natural", config.seed, done, workers)
+    held_out = HeldOutImages.load(config.dataset_name, info, LOOK_IMAGES)
     record.environment(device=str(accelerator.device), trained_parameters=state.size)
 
-    for _ in updates(accelerator, state, record, done, cadence, partial(look, config.dataset_name, codec, info, record)):
+    for step in updates(accelerator, state, record, done, Cadence(**config.cadence()), partial(look, held_out, codec, record)):
         # The training step.
         for _ in range(config.gradient_accumulation_steps):
             batch, generator = next(stream)
-            with accelerator.accumulate(autoencoder):
+            with accelerator.accumulate(autoencoder, *adversary.networks):
                 images = augment(to_unit(batch["images"], intensity, batch.get("ranges"), info.resolution), generator)
-                reconstruction, mean, log_variance = autoencoder(images, generator)
-                error = reconstruction_error(reconstruction, images, config.loss_type)
-                loss = (error + config.kl_weight * kl_divergence(mean, log_variance)).mean()
-                state.learn(accelerator, loss, config.max_grad_norm)
+                reconstruction, *code = autoencoder(images, latent_noise(codec, images, generator))
+                error = (distance(reconstruction, images) + penalty(*code)).mean()
+                # The autoencoder's optimizer.
+                state.learn(accelerator, error + adversary.deception(step, error, reconstruction), config.max_grad_norm)
+                # The discriminator's optimizer.
+                adversary.learn(step, images, reconstruction, config.max_grad_norm)
 
     accelerator.wait_for_everyone()
     state.adopt_average()
     if accelerator.is_main_process:
-        save(codec, info, None if config.decoder_only else sample_images(rows, intensity, 256, info.resolution), record.folder)
-    accelerator.print(
-        f"autoencoder in {record.folder}" + (f", pictures in {record.folder / 'preview.png'}" if config.validation_steps else "")
-    )
+        if adapters is not None:
+            merge_vae_lora(adapters)
+        save(config, codec, info, some, record.folder)
 
 
-def save(codec: "KLCodec", info: "DataInfo", images: "Tensor | None", folder: Path) -> None:
-    """Write the autoencoder, with the scaling factor measured anew on `images` in `[-1, 1]`, if given."""
-    from medsd.inference.folder import PipelineInfo, publish, write_info
-    from medsd.models.codec import measure_scaling_factor
-    from medsd.runtime import partial_folder
-
-    if images is not None:
-        codec.vae.register_to_config(scaling_factor=measure_scaling_factor(codec, images))
-    made = partial_folder(folder)
-    codec.vae.save_pretrained(made)
-    write_info(made, PipelineInfo(data=info, codec=codec.to_dict()))
-    publish(made, folder)
-
-
-def look(dataset_name: str, codec: "KLCodec", info: "DataInfo", record: "RunRecord", step: int, write: Callable[[str], None]) -> None:
-    """Held-out error, and images above their reconstructions."""
+def prepare_codebook(config: FinetuneVAEConfig, codec: "LearnedCodec", images: "Tensor") -> None:
+    """Where a codebook starts from random weights, begin it at latents of images `(N, C, H, W)`."""
     import torch
 
-    from medsd.data.dataset import available_splits, load_dataset
-    from medsd.data.transforms import sample_images
-    from medsd.inference.pictures import grid
-    from medsd.models.codec import reconstruct
-    from medsd.objectives.autoencoder import reconstruction_error
+    from medsd.models.autoencoders import seed_codebook
 
-    split = "validation" if "validation" in available_splits(dataset_name) else "train"
-    images = sample_images(load_dataset(dataset_name, split), info.intensity_map, 32, info.resolution)
-    again = reconstruct(codec, images)
-    error = reconstruction_error(again, images).mean().item()
-    record.log(step, **{f"{split}_l1": error})
-    record.picture(step, "preview", grid(torch.stack([images[:8], again[:8]])))
-    write(f"step {step}: {split} L1 {error:.4f} of a range of 2")
+    if codec.kind == "vq" and config.pretrained_model_name_or_path is None:
+        seed_codebook(codec, images, torch.Generator().manual_seed(config.seed))
+
+
+def save(config: FinetuneVAEConfig, codec: "LearnedCodec", info: "DataInfo", images: "Tensor", folder: Path) -> None:
+    """Write the autoencoder with its latents' statistics, measured on training images `(N, C, H, W)`, and the report on held-out ones.
+
+    A decoder alone keeps the statistics of its pretrained latent space.
+    """
+    from medsd.inference.folder import PipelineInfo, publish, write_info
+    from medsd.models.codec import latent_statistics, record_statistics
+    from medsd.runtime import partial_folder
+    from medsd.training.reconstruction import HeldOutImages, described, full_numbers, sheet
+
+    if not config.decoder_only:
+        record_statistics(codec, *latent_statistics(codec, images))
+    made = partial_folder(folder)
+    codec.vae.save_pretrained(made)
+    held_out = HeldOutImages.load(config.dataset_name, info, HELD_OUT_IMAGES)
+    again = held_out.reconstructed(codec)
+    numbers = full_numbers(held_out, again, codec, images)
+    (made / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    sheet(held_out, again, numbers).save(made / "reconstructions.png")
+    write_info(made, PipelineInfo(data=info, codec=codec.to_dict()))
+    publish(made, folder)
+    print(f"autoencoder in {folder}, pictures in {folder / 'reconstructions.png'}", *described(numbers), sep="\n  ")
+
+
+def look(held_out: "HeldOutImages", codec: "LearnedCodec", record: "RunRecord", step: int, write: Callable[[str], None]) -> None:
+    """Held-out error, and images above their reconstructions."""
+    from medsd.training.reconstruction import quick_numbers, sheet
+
+    again = held_out.reconstructed(codec)
+    numbers = quick_numbers(held_out, again)
+    record.log(step, **{f"{held_out.split}_{name}": value for name, value in numbers.items()})
+    record.picture(step, "preview", sheet(held_out, again))
+    said = f"L1 {numbers['l1']:.4f} of a range of 2, PSNR {numbers['psnr']:.2f} dB, SSIM {numbers['ssim']:.4f}"
+    write(f"step {step}: {held_out.split} {said}")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def main(config: PrepareDataConfig) -> None:
         max_quarantine=config.max_quarantine,
         num_workers=config.num_workers,
         seed=config.seed,
+        mask_channel=config.stacks_mask,
     )
     if config.source == "phantom":
         summary = prepare_phantom(output_dir, options, Path(config.data_dir) if config.data_dir else None, overwrite=config.overwrite)
@@ -60,7 +61,7 @@ def main(config: PrepareDataConfig) -> None:
             print(note)
         options = replace(
             options,
-            mask_channel=collection.mask_channel,
+            mask_channel=options.mask_channel or collection.mask_channel,
             mask_classes=collection.mask_classes,
             multi_label=collection.multi_label,
             class_names=options.class_names or collection.class_names,

@@ -52,7 +52,7 @@ def test_rsna_keeps_every_finding(tmp_path, prepared):
             assert owners.setdefault(patient, split) == split
 
 
-@pytest.mark.parametrize(("name", "channels"), [("brats_t1ce", 1), ("brats_t1ce_mask", 2), ("brats", 4), ("brats_5ch", 5)])
+@pytest.mark.parametrize(("name", "channels"), [("brats_1ch", 1), ("brats_2ch", 2), ("brats", 4), ("brats_5ch", 5)])
 def test_brats_variants(tmp_path, prepared, name, channels):
     layouts.write_brats(tmp_path / "brats")
     data = prepared(*yaml(name), "--data_dir", str(tmp_path / "brats"))
@@ -60,7 +60,7 @@ def test_brats_variants(tmp_path, prepared, name, channels):
     assert info.channels == channels and set(info.class_names) == {"no tumour", "tumour"}
     for row in found:
         tumour = info.class_names[row["label"]] == "tumour"
-        if name.endswith(("mask", "5ch")):
+        if name.endswith(("2ch", "5ch")):
             labels = row["image"][-1]
             unit = info.intensity_map.to_unit(row["image"].astype(np.float32), np.array(row["intensity_range"]))
             again = info.intensity_map.from_unit(unit, np.array(row["intensity_range"]))
@@ -74,15 +74,15 @@ def test_brats_variants(tmp_path, prepared, name, channels):
 
 def test_adni_carves_validation_from_train_by_subject(tmp_path, prepared):
     layouts.write_adni(tmp_path / "adni")
-    data = prepared(*yaml("adni"), "--data_dir", str(tmp_path / "adni"), "--duplicates", "keep")
+    data = prepared(*yaml("adni_ldm"), "--data_dir", str(tmp_path / "adni"), "--duplicates", "keep")
     summary = json.loads((data / "summary.json").read_text())
     assert set(load_info(data).class_names) == {"AD", "NC"} and all(summary["images"].values())
     assert set(summary["patient_rule"]) == {"patient column"}
 
 
-@pytest.mark.parametrize("name", ["oasis", "oasis_nifti"])
+@pytest.mark.parametrize("name", ["oasis_ddpm", "oasis_nifti"])
 def test_oasis(tmp_path, prepared, name):
-    (layouts.write_oasis_png if name == "oasis" else layouts.write_oasis_nifti)(tmp_path / "oasis")
+    (layouts.write_oasis_png if name == "oasis_ddpm" else layouts.write_oasis_nifti)(tmp_path / "oasis")
     data = prepared(*yaml(name), "--data_dir", str(tmp_path / "oasis"), "--duplicates", "keep")
     assert rows(data) and load_info(data).channels == 1
 

@@ -91,7 +91,7 @@ def test_repetition_and_mean(images):
 
 
 def test_channels_that_do_not_fit_are_refused(info):
-    with pytest.raises(InputError, match="--codec pixels"):
+    with pytest.raises(InputError, match="--adapt_channels"):
         KLCodec(small_vae(3), 2)
     three = replace(info, intensity=parse_windows(("brain", "subdural", "bone")).to_dict())
     with pytest.raises(InputError, match="start from a --preset"):

@@ -14,14 +14,13 @@ from safetensors.torch import load_file
 
 from medsd import MedSDPipeline, load_dataset
 from medsd.config import ClassifyConfig, FinetuneUNetConfig, GenerateConfig
-from medsd.data import transforms
 from medsd.data.dataset import data_features, load_info, pack
 from medsd.data.intensity import Recorded
 from medsd.data.prompts import prompt_of
 from medsd.data.transforms import TrainingOrder, recorded_ranges, row_classes
 from medsd.errors import InputError
 from medsd.models import conditioning
-from medsd.training import preview
+from medsd.training import latents, preview
 from recipes import classify, finetune_unet, generate
 
 QUICK = {
@@ -325,37 +324,6 @@ def test_a_failed_run_says_so(phantom_data, tmp_path, monkeypatch):
         MedSDPipeline.from_pretrained(tmp_path / "unet")
 
 
-def test_an_autoencoder_is_trained_and_used(phantom_data, tmp_path):
-    from diffusers import AutoencoderKL
-
-    from medsd.config import FinetuneVAEConfig
-    from recipes import finetune_vae
-
-    flags = {"dataset_name": str(phantom_data), "output_dir": str(tmp_path / "vae")}
-    finetune_vae.main(FinetuneVAEConfig(**flags, **QUICK))
-    finetune_vae.main(FinetuneVAEConfig(**flags, **(QUICK | {"max_train_steps": 3}), resume_from_checkpoint="latest"))
-    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
-    assert vae.config.in_channels == 1 and vae.config.scaling_factor != 0.18215
-    before = vae.state_dict()
-    tuned = FinetuneVAEConfig(
-        dataset_name=str(phantom_data),
-        output_dir=str(tmp_path / "tuned"),
-        pretrained_model_name_or_path=str(tmp_path / "vae"),
-        decoder_only=True,
-        **QUICK,
-    )
-    finetune_vae.main(tuned)
-    after = AutoencoderKL.from_pretrained(tmp_path / "tuned").state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith(("encoder", "quant_conv")))
-    assert not torch.equal(before["decoder.conv_out.weight"], after["decoder.conv_out.weight"])
-
-    base = train(phantom_data, tmp_path / "unet", vae=str(tmp_path / "vae"))
-    assert json.loads((base / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
-    lora = train(phantom_data, tmp_path / "lora", pretrained_model_name_or_path=str(base), rank=2, vae=str(tmp_path / "tuned"))
-    loaded = MedSDPipeline.from_pretrained(lora).vae.state_dict()
-    assert torch.equal(loaded["decoder.conv_out.weight"], after["decoder.conv_out.weight"])
-
-
 AGES = ("30-39", "60-69", "90+")
 
 
@@ -424,11 +392,11 @@ def test_sets_of_findings_are_not_scored_yet(findings_data, phantom_data, run, t
 
 def test_every_row_is_trained_on_its_own_prompt_and_range(findings_data, tmp_path, monkeypatch):
     """Each batch's numbers, looked up in the table that was tokenized, are the rows' prompts."""
-    tables, numbers, ranges, to_unit = [], [], [], transforms.to_unit
+    tables, numbers, ranges, to_unit = [], [], [], latents.to_unit
     tokenize, drop = conditioning.tokenize, conditioning.drop_prompts
     monkeypatch.setattr(conditioning, "tokenize", lambda tokenizer, prompts: tables.append(prompts) or tokenize(tokenizer, prompts))
     monkeypatch.setattr(conditioning, "drop_prompts", lambda prompts, *others: numbers.append(prompts) or drop(prompts, *others))
-    monkeypatch.setattr(transforms, "to_unit", lambda images, *others: ranges.append(others[1]) or to_unit(images, *others))
+    monkeypatch.setattr(latents, "to_unit", lambda images, *others: ranges.append(others[1]) or to_unit(images, *others))
     train(findings_data, tmp_path / "unet", validation_steps=0, class_tokens="words")
     table, rows = tables[-1], load_dataset(findings_data, "train")
     assert table[:6] == load_info(findings_data).with_words().prompts and table[-1] == "" and table[6:-1] == sorted(table[6:-1])

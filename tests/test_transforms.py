@@ -169,7 +169,7 @@ def test_batches_hold_the_rows_in_the_order_of_the_plan(dataset, workers):
 @pytest.mark.parametrize(("stored", "kept"), [("uint8", torch.uint8), ("uint16", torch.int32), ("float32", torch.float32)])
 def test_the_source_type_is_kept(tmp_path, stored, kept):
     batch = TrainingRows(write(tmp_path / "data", False, np.dtype(stored), ranges=False))[[3, 1]]
-    assert batch["images"].dtype == kept and set(batch) == {"images", "labels"}
+    assert batch["images"].dtype == kept and set(batch) == {"images", "labels", "rows"}
 
 
 def test_the_loader_leaves_the_pictures_alone(dataset, monkeypatch):

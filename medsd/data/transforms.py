@@ -205,12 +205,14 @@ def sample_rows(dataset: Any, limit: int | None, seed: int) -> Any:
 class TrainingRows:
     """Rows of a data set by whole batches, taken from the memory-mapped Arrow table without the columns that training does not need.
 
-    A batch has `images` `(B, C, H, W)` in the source's integers, `labels` `(B,)` class indices or `(B, K)` findings of 0 and 1,
-    and, where there are any, `ranges` `(B, C, 2)` and `prompts` `(B,)`, each row's number from `prompts` `(N,)`.
+    A batch has `images` `(B, C, H, W)` in the source's integers (not `with_images=False`), `labels` `(B,)` class indices or `(B, K)`
+    findings of 0 and 1, `rows` `(B,)`, the numbers of the rows, and, where there are any, `ranges` `(B, C, 2)` and `prompts` `(B,)`,
+    each row's number from `prompts` `(N,)`; `with_masks` also `masks` `(B, 1, H, W)`, 0 where a row has none.
     """
 
-    def __init__(self, dataset: Any, prompts: np.ndarray | None = None) -> None:
-        wanted = [name for name in ("image", "label", "labels", "intensity_range") if name in dataset.column_names]
+    def __init__(self, dataset: Any, prompts: np.ndarray | None = None, with_masks: bool = False, with_images: bool = True) -> None:
+        columns = ["label", "labels"] + ["image", "intensity_range"] * with_images + ["mask"] * with_masks
+        wanted = [name for name in columns if name in dataset.column_names]
         self.table, self.prompts = dataset.select_columns(wanted).with_format("arrow"), prompts
 
     def __len__(self) -> int:
@@ -219,9 +221,13 @@ class TrainingRows:
     def __getitem__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         rows = self.table[indices]
         labels = rows["label"].to_numpy() if "label" in rows.column_names else _findings(rows["labels"])
-        batch = {"images": _images(rows["image"]), "labels": labels}
+        batch = {"labels": labels, "rows": np.array(indices)}
+        if "image" in rows.column_names:
+            batch["images"] = _images(rows["image"])
         if "intensity_range" in rows.column_names:
             batch["ranges"] = _ranges(rows["intensity_range"])
+        if "mask" in rows.column_names:
+            batch["masks"] = _masks(rows["mask"], batch["images"].shape[-2:])
         if self.prompts is not None:
             batch["prompts"] = self.prompts[indices]
         return {name: torch.from_numpy(np.require(values, requirements="W")) for name, values in batch.items()}
@@ -238,6 +244,15 @@ def _images(stored: Any) -> np.ndarray:
     ]
     images = np.stack(planes)
     return images.astype(np.int32) if images.dtype == np.uint16 else images
+
+
+def _masks(stored: Any, side: tuple[int, int]) -> np.ndarray:
+    """Arrow structs -> `(B, 1, H, W)` uint8, 1 where the mask is not 0; all 0 for a row without one."""
+    masks = np.zeros((len(stored), 1, *side), np.uint8)
+    for place, mask in zip(masks, stored.to_pylist(), strict=True):
+        if mask is not None and mask["bytes"] is not None:
+            place[:] = np.frombuffer(mask["bytes"], mask["dtype"]).reshape(mask["shape"])[:1] != 0
+    return masks
 
 
 def _findings(labels: Any) -> np.ndarray:

@@ -36,7 +36,7 @@ class Base:
     """Hub id, or path: in `medsd.json` relative to the run, in memory absolute."""
     revision: str | None
     sha256: str | None
-    """Of a local base's UNet weights."""
+    """Of a local base's UNet weights, or of the whole single file."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class PipelineInfo:
     base: Base | None = None
     own_vae: bool = False
     """Whether the autoencoder is not the base's."""
+    reads_prompts: bool = True
+    """Whether its text encoder was trained on prompts; where it was not, it has to be trained in full."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -74,6 +76,7 @@ def read_info(folder: Path) -> PipelineInfo:
         calibration=Calibration(calibration["temperature"], tuple(calibration["bias"])) if calibration else None,
         base=Base(**record["base"]) if record["base"] else None,
         own_vae=record["own_vae"],
+        reads_prompts=record.get("reads_prompts", True),
     )
 
 
@@ -128,10 +131,10 @@ def looks_like_hub_id(name: str) -> bool:
 
 
 def download_record(hub_id: str, revision: str | None) -> Path:
-    """Local folder with the `medsd.json` (and LoRA files) of a Hub repository; an empty one where it has none."""
+    """Local folder with the `medsd.json`, the index (and LoRA files) of a Hub repository; an empty one where it has none."""
     from huggingface_hub import snapshot_download
 
-    wanted = [INFO_FILE, LORA_FILE, f"{EMBEDS_DIR}/*.safetensors", "vae/*.json", "vae/*.safetensors"]
+    wanted = [INFO_FILE, INDEX_FILE, "config.json", LORA_FILE, f"{EMBEDS_DIR}/*.safetensors", "vae/*.json", "vae/*.safetensors"]
     return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
 
 
@@ -164,11 +167,11 @@ def publish(made: Path, folder: Path) -> None:
     made.rmdir()
 
 
-def weights_sha256(folder: Path) -> str:
-    """sha256 over the UNet's weight files of a local pipeline folder."""
-    files = sorted((folder / "unet").glob("*.safetensors"))
+def weights_sha256(base: Path) -> str:
+    """sha256 over the UNet's weight files of a local pipeline folder, or over a single file."""
+    files = [base] if base.is_file() else sorted((base / "unet").glob("*.safetensors"))
     if not files:
-        raise InputError(f"{folder}/unet holds no safetensors weights: convert them with diffusers' save_pretrained first")
+        raise InputError(f"{base}/unet holds no safetensors weights: convert them with diffusers' save_pretrained first")
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -179,7 +182,7 @@ def weights_sha256(folder: Path) -> str:
 
 def describe_base(base: str, revision: str | None) -> Base:
     """Record of the model that LoRA adapters start from."""
-    if Path(base).is_dir():
+    if Path(base).exists():
         return Base(str(Path(base).resolve()), None, weights_sha256(Path(base)))
     return Base(base, revision, None)
 
@@ -193,9 +196,9 @@ def locate_base(base: Base, run: Path) -> Base:
     """Inverse of `relative_base`; raises InputError where the base is gone or has changed since."""
     if base.sha256 is None:
         return base
-    folder = (run.resolve() / base.name).resolve()
-    if not folder.is_dir():
-        raise InputError(f"{run} holds LoRA adapters of {folder}, which is not there: bring it back to that place")
-    if weights_sha256(folder) != base.sha256:
-        raise InputError(f"{run} holds LoRA adapters of {folder}, whose weights have changed since: restore them or train again")
-    return replace(base, name=str(folder))
+    place = (run.resolve() / base.name).resolve()
+    if not place.exists():
+        raise InputError(f"{run} holds LoRA adapters of {place}, which is not there: bring it back to that place")
+    if weights_sha256(place) != base.sha256:
+        raise InputError(f"{run} holds LoRA adapters of {place}, whose weights have changed since: restore them or train again")
+    return replace(base, name=str(place))

@@ -2,7 +2,9 @@
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
+
+LINE = 14
 
 
 def picture(unit: torch.Tensor) -> Image.Image:
@@ -23,4 +25,15 @@ def grid(images: torch.Tensor, side: int = 128) -> Image.Image:
         for column, view in enumerate(line):
             enlarged = view.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (column * width * zoom, row * height * zoom))
+    return sheet
+
+
+def captioned(picture: Image.Image, lines: list[str]) -> Image.Image:
+    """The picture under lines of text."""
+    text = ImageDraw.Draw(picture)
+    width = max([picture.width, *(int(text.textlength(line)) + 8 for line in lines)])
+    sheet = Image.new("RGB", (width, picture.height + LINE * len(lines) + 6))
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(sheet).text((4, 3 + LINE * number), line, fill="white")
+    sheet.paste(picture, (0, sheet.height - picture.height))
     return sheet

@@ -26,11 +26,15 @@ from medsd.data.transforms import to_unit
 from medsd.errors import InputError
 from medsd.inference import folder as folders
 from medsd.inference.folder import PipelineInfo
+from medsd.inference.foreign import ForeignModel, check_local, is_foreign, load_foreign, unheard_text_encoder
 from medsd.inference.likelihood import Calibration, fit_calibration, make_plan, posterior, score_classes
 from medsd.inference.pictures import picture
-from medsd.models.codec import Codec, KLCodec, PixelCodec, build_codec, load_vae
+from medsd.models.autoencoders import load_vae
+from medsd.models.channels import adapt_unet, adapt_vae
+from medsd.models.codec import Codec, PixelCodec, build_codec, codec_of, is_sd_shaped
 from medsd.models.conditioning import (
     add_class_tokens,
+    adopt_words,
     build_text_encoder,
     build_tokenizer,
     encode,
@@ -41,22 +45,12 @@ from medsd.models.conditioning import (
     tokenize,
 )
 from medsd.models.lora import lora_layers
-from medsd.models.presets import PRESETS
+from medsd.models.presets import BETAS, LEARNED_VARIANCE, PRESETS, SD_SCHEDULE
 from medsd.models.unet import build_unet, check_side
 from medsd.runtime import partial_folder
 
 ENCODE_BATCH = 32
-SD_SCHEDULE = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "prediction_type": "v_prediction",
-}
-"""Stable Diffusion's noise schedule (2.x predicts v); with another offset plain diffusers would change it on loading."""
-FOREIGN_DATA = {"intensity": Range(0.0, 255.0).to_dict(), "resize": "pad", "image_channels": 3, "unit": "grey value", "fingerprint": ""}
+FOREIGN_DATA = {"intensity": Range(0.0, 255.0).to_dict(), "resize": "pad", "unit": "grey value", "fingerprint": ""}
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,7 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
     def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
-        self.info = PipelineInfo(codec=None if vae is None else KLCodec(vae, vae.config.in_channels).to_dict())
+        self.info = PipelineInfo(codec=None if vae is None else codec_of(vae, vae.config.in_channels).to_dict())
 
     @property
     def codec(self) -> Codec:
@@ -110,7 +104,8 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         if self.info.data is not None:
             return self.info.data
         side = self.unet.config.sample_size * self.codec.factor
-        return DataInfo(class_names=[], prompts=[], class_tokens=[], resolution=side, **FOREIGN_DATA)
+        channels = self.codec.image_channels
+        return DataInfo(class_names=[], prompts=[], class_tokens=[], resolution=side, image_channels=channels, **FOREIGN_DATA)
 
     @property
     def class_names(self) -> list[str]:
@@ -131,7 +126,7 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         if codec.latent_channels != self.unet.config.in_channels:
             raise InputError(
                 f"images of {data.channels} channels make latents of {codec.latent_channels}, this UNet takes "
-                f"{self.unet.config.in_channels}: start from a --preset, or prepare the channels that the model was trained on"
+                f"{self.unet.config.in_channels}: add --adapt_channels, start from a --preset, or prepare the channels it was trained on"
             )
         codec.check_side(data.resolution)
         check_side(data.resolution // codec.factor, len(self.unet.config.block_out_channels))
@@ -140,15 +135,58 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         self.unet.register_to_config(sample_size=data.resolution // codec.factor)
         self.info = replace(self.info, data=data, codec=codec.to_dict(), calibration=None)
 
-    def replace_vae(self, vae: Any) -> None:
-        """Take another autoencoder of the same latent space; a LoRA folder then holds it, too."""
-        self.register_modules(vae=vae)
-        self.info = replace(self.info, own_vae=True, codec=KLCodec(vae, vae.config.in_channels).to_dict())
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether prompts mean something to it: not to a model that was trained without classes."""
+        return bool(self.class_names) if self.info.data is not None else self.info.reads_prompts
 
-    def change_schedule(self, **changes: str | None) -> None:
-        """Replace settings of the noise schedule (`prediction_type`, `beta_schedule`); None keeps one."""
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the UNet also predicts the variance of each denoising step."""
+        return self.unet.config.out_channels == 2 * self.unet.config.in_channels
+
+    def learn_words(self, data: DataInfo, prompts: Sequence[str]) -> None:
+        """Give a model that knows no prompts those of `data` and `prompts`, which change no prediction until training tells them apart.
+
+        A foreign model does not listen to its text encoder yet, which may therefore say anything; one of ours hears the empty prompt.
+        """
+        others, most = [prompt for prompt in prompts if prompt not in data.prompts], self.tokenizer.model_max_length
+        tokenizer = _preset_tokenizer(data, others, most)
+        if self.info.data is None:
+            self.register_modules(text_encoder=unheard_text_encoder(tokenizer, self.text_encoder))
+        else:
+            adopt_words(self.text_encoder, self.tokenizer, tokenizer)
+        self.register_modules(tokenizer=tokenizer)
+        self.info = replace(self.info, reads_prompts=False)
+
+    def adapt_channels(self, data: DataInfo) -> None:
+        """Make codec (and UNet, in pixels) fit the channels of `data`; see `medsd.models.channels`."""
+        labels, codec = label_channels(data.intensity_map, data.image_channels), self.codec
+        if self.vae is not None and self.vae.config.in_channels != data.channels:
+            adapt_vae(self.vae, data.channels, labels)
+            self.info = replace(self.info, own_vae=True)
+        elif self.vae is None and codec.image_channels != data.channels:
+            adapt_unet(self.unet, codec.image_channels, data.channels, labels)
+        self.info = replace(self.info, codec=codec.to_dict() | {"image_channels": data.channels})
+
+    def replace_vae(self, vae: Any) -> None:
+        """Take another autoencoder; a LoRA folder then holds it, too."""
+        self.register_modules(vae=vae)
+        self.info = replace(self.info, own_vae=True, codec=codec_of(vae, vae.config.in_channels).to_dict())
+
+    def change_schedule(self, **changes: Any) -> None:
+        """Replace settings of the noise schedule (`prediction_type`, `beta_schedule`, `rescale_betas_zero_snr`); None keeps one.
+
+        Raises InputError where the signal is to vanish at the last timestep and noise is predicted, which says nothing there.
+        """
         wanted = {name: value for name, value in changes.items() if value is not None}
+        wanted |= BETAS.get(wanted.get("beta_schedule"), {})
+        if wanted.get("rescale_betas_zero_snr"):
+            # Lin et al. (2024), section 3.3: sampling has to begin at the last timestep.
+            wanted["timestep_spacing"] = "trailing"
         self.scheduler = type(self.scheduler).from_config(self.scheduler.config, **wanted)
+        if self.scheduler.config.get("rescale_betas_zero_snr") and self.scheduler.config.prediction_type == "epsilon":
+            raise InputError("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: pure noise tells nothing of eps")
 
     def record_base(self, base: str, revision: str | None) -> None:
         """Note the model that this pipeline's adapters belong to."""
@@ -224,6 +262,8 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
             if guided:
                 unconditional, conditional = prediction.chunk(2)
                 prediction = unconditional + guidance_scale * (conditional - unconditional)
+            if self.learns_variance and not takes_variance(self.scheduler):
+                prediction = prediction[:, : latents.shape[1]]
             latents = self.scheduler.step(prediction, timestep, latents, **extra).prev_sample
         return latents
 
@@ -289,8 +329,8 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         return ClassifyOutput(predictions, probabilities, calibration is not None, **vars(scores), rows=scores.rows)
 
     def _predict(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """The UNet in its own precision."""
-        return self.unet(x_t.to(self.unet.dtype), timesteps, condition.to(self.unet.dtype)).sample
+        """The UNet in its own precision, without a variance that it may have learned."""
+        return self.unet(x_t.to(self.unet.dtype), timesteps, condition.to(self.unet.dtype)).sample[:, : x_t.shape[1]]
 
     def calibrate(
         self,
@@ -368,6 +408,7 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         pixel_mean: float = 0.0,
         pixel_std: float = 1.0,
         prompts: Sequence[str] = (),
+        learned_variance: bool = False,
     ) -> "MedSDPipeline":
         """A model with random weights for `data`, in the latents of `vae` or in pixels.
 
@@ -375,28 +416,32 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         of `prompts`, and the text encoder reads the longest of them.
         """
         preset = PRESETS[name]
-        codec = PixelCodec(data.channels, pixel_factor, pixel_mean, pixel_std) if vae is None else KLCodec(vae, data.channels)
+        codec = PixelCodec(data.channels, pixel_factor, pixel_mean, pixel_std) if vae is None else codec_of(vae, data.channels)
         codec.check_side(data.resolution)
         tokenizer = _preset_tokenizer(data, [prompt for prompt in prompts if prompt not in data.prompts], preset.text_tokens)
         pipe = cls(
             vae=vae,
             text_encoder=build_text_encoder(preset, tokenizer),
             tokenizer=tokenizer,
-            unet=build_unet(preset, codec.latent_channels, data.resolution // codec.factor),
-            scheduler=DDIMScheduler(**SD_SCHEDULE),
+            unet=build_unet(preset, codec.latent_channels, data.resolution // codec.factor, learned_variance),
+            scheduler=DDPMScheduler.from_config(SD_SCHEDULE | LEARNED_VARIANCE) if learned_variance else DDIMScheduler(**SD_SCHEDULE),
         )
         pipe.info = PipelineInfo(codec=codec.to_dict())
         return pipe
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "MedSDPipeline":
-        """A pipeline folder of medsd (LoRA included), a Hub id, or any Stable Diffusion 1.x / 2.x folder; safetensors only.
+        """A pipeline folder of medsd (LoRA included), a Hub id, or any Stable Diffusion 1.x / 2.x folder or single file; safetensors only.
 
+        Single files, MONAI bundles and unconditional folders (DDPM, DDIM, LDM) are converted: see `medsd.inference.foreign`.
         Raises InputError where the folder or one of its parts is missing.
         """
         name = str(pretrained_model_name_or_path)
+        check_local(name)
         local = Path(name).exists() or not folders.looks_like_hub_id(name)
         record = Path(name) if local else folders.download_record(name, options.get("revision"))
+        if is_foreign(str(record)):
+            return cls._from_foreign(load_foreign(name))
         info = folders.read_info(record)
         if info.base is not None:
             return cls._from_lora(record, info, options)
@@ -405,6 +450,12 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         pipe = super().from_pretrained(name, use_safetensors=True, **options)
         if info.codec is not None:
             pipe.info = info
+        return pipe
+
+    @classmethod
+    def _from_foreign(cls, model: ForeignModel) -> "MedSDPipeline":
+        pipe = cls(**model.parts)
+        pipe.info = PipelineInfo(codec=model.codec, reads_prompts=model.reads_prompts)
         return pipe
 
     @classmethod
@@ -428,7 +479,7 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
     @property
     def is_sd_shaped(self) -> bool:
         """Whether plain diffusers' StableDiffusionPipeline loads what `save_pretrained` writes."""
-        return self.vae is not None and self.vae.config.in_channels in {1, 3}
+        return is_sd_shaped(self.vae) and not self.learns_variance
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write the pipeline folder; it has an index only once all its parts are there."""
@@ -443,7 +494,7 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         else:
             super().save_pretrained(made, **options)
         base = self.info.base and folders.relative_base(self.info.base, target)
-        folders.write_info(made, replace(self.info, base=base))
+        folders.write_info(made, replace(self.info, base=base, reads_prompts=self.reads_prompts))
         folders.publish(made, target)
 
     def _save_lora(self, made: Path) -> None:
@@ -463,6 +514,11 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         if self.info.base is not None and self.info.base.sha256 is not None:
             raise InputError(f"these LoRA adapters belong to the local folder {self.info.base.name}: call merge_lora() before pushing")
         return folders.push(self.save_pretrained, repo_id, private, revision, **options)
+
+
+def takes_variance(scheduler: Any) -> bool:
+    """Whether a scheduler's step wants the UNet's variance behind its prediction."""
+    return isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in {"learned", "learned_range"}
 
 
 def _preset_tokenizer(data: DataInfo, others: Sequence[str], max_tokens: int) -> Any:

@@ -20,6 +20,10 @@ class Preset:
     """Longest prompt in tokens."""
     vae_channels: tuple[int, ...]
     """Channels of each level of an autoencoder, which halves the image between two levels."""
+    latent_channels: int = 4
+    """Of an autoencoder."""
+    codebook: int = 1024
+    """Entries of a VQ autoencoder's codebook."""
 
 
 PRESETS: dict[str, Preset] = {
@@ -39,3 +43,18 @@ PRESETS: dict[str, Preset] = {
         vae_channels=(128, 256, 512, 512),
     ),
 }
+
+SD_SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "prediction_type": "v_prediction",
+}
+"""Stable Diffusion's noise schedule (2.x predicts v); with another offset plain diffusers would change it on loading."""
+BETAS = {"linear": {"beta_start": 1e-4, "beta_end": 0.02}, "scaled_linear": {"beta_start": 0.00085, "beta_end": 0.012}}
+"""Ends of a noise schedule that is chosen by name: those of Ho et al. (2020) and of Stable Diffusion."""
+LEARNED_VARIANCE = {"variance_type": "learned_range"}
+"""And the setting of a DDPM scheduler for a UNet that learns its variance."""

@@ -9,13 +9,16 @@ from medsd.errors import InputError
 from medsd.models.presets import Preset
 
 
-def build_unet(preset: Preset, latent_channels: int, latent_side: int) -> UNet2DConditionModel:
-    """A UNet with random weights for latents `(B, latent_channels, latent_side, latent_side)`."""
+def build_unet(preset: Preset, latent_channels: int, latent_side: int, learned_variance: bool = False) -> UNet2DConditionModel:
+    """A UNet with random weights for latents `(B, latent_channels, latent_side, latent_side)`.
+
+    With a learned variance its output has twice as many channels: the prediction, then the variance.
+    """
     check_side(latent_side, len(preset.block_out_channels))
     return UNet2DConditionModel(
         sample_size=latent_side,
         in_channels=latent_channels,
-        out_channels=latent_channels,
+        out_channels=latent_channels * (2 if learned_variance else 1),
         block_out_channels=preset.block_out_channels,
         layers_per_block=preset.layers_per_block,
         down_block_types=tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in preset.attention),

@@ -27,6 +27,11 @@ class TrainState:
         self.parameters = parameters
         self.optimizer, self.schedule = optimizer, schedule
         self.losses: list[torch.Tensor] = []
+        self.memory: dict[str, torch.Tensor] = {}
+        """What else is changed in place while training, and saved with it."""
+        self.partners: dict[str, TrainState] = {}
+        """What learns beside this one, such as a discriminator: advanced once it learns, saved and restored with it."""
+        self.learning = False
         self.ema = EMAModel(self.parameters.values(), decay=ema_decay, foreach=True) if ema_decay is not None else None
 
     def mean_loss(self, accelerator: Any) -> float:
@@ -47,6 +52,7 @@ class TrainState:
 
     def learn(self, accelerator: Any, loss: torch.Tensor, max_grad_norm: float) -> None:
         """Backward pass of one micro-batch, and the optimizer's update after the last one."""
+        self.learning = True
         self.losses.append(loss.detach())
         accelerator.backward(loss)
         if accelerator.sync_gradients:
@@ -59,6 +65,9 @@ class TrainState:
         self.schedule.step()
         if self.ema is not None:
             self.ema.step(self.parameters.values())
+        for partner in self.partners.values():
+            if partner.learning:
+                partner.finish_update()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -82,24 +91,34 @@ class TrainState:
         """Write `run/checkpoint-STEP`, then remove the oldest beyond `limit`."""
         partial, final = run / f".checkpoint-{step}.partial", run / f"checkpoint-{step}"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file({name: value.detach().contiguous() for name, value in self.parameters.items()}, partial / "weights.safetensors")
-        tensors: dict[str, torch.Tensor] = {}
-        record = _take_tensors(self.optimizer.state_dict(), "optimizer", tensors)
-        save_file(tensors, partial / "optimizer.safetensors")
-        state = {"step": step, "optimizer": record, "schedule": self.schedule.last_epoch}
-        if self.ema is not None:
-            averages = dict(zip(self.parameters, self.ema.shadow_params, strict=True))
-            save_file({name: value.contiguous() for name, value in averages.items()}, partial / "ema.safetensors")
-            state["ema_step"] = self.ema.optimization_step
-        (partial / "state.json").write_text(json.dumps(state))
+        self._write(partial, step)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         for old in checkpoints(run)[: -limit if limit else 0]:
             shutil.rmtree(old)
 
+    def _write(self, folder: Path, step: int) -> None:
+        folder.mkdir(parents=True)
+        save_file({name: value.detach().contiguous() for name, value in self.parameters.items()}, folder / "weights.safetensors")
+        tensors: dict[str, torch.Tensor] = {}
+        record = _take_tensors(self.optimizer.state_dict(), "optimizer", tensors)
+        save_file(tensors, folder / "optimizer.safetensors")
+        state = {"step": step, "optimizer": record, "schedule": self.schedule.last_epoch}
+        if self.ema is not None:
+            averages = dict(zip(self.parameters, self.ema.shadow_params, strict=True))
+            save_file({name: value.contiguous() for name, value in averages.items()}, folder / "ema.safetensors")
+            state["ema_step"] = self.ema.optimization_step
+        save_file(self.memory, folder / "memory.safetensors")
+        (folder / "state.json").write_text(json.dumps(state))
+        for name, partner in self.partners.items():
+            partner._write(folder / name, step)
+
     def load(self, checkpoint: Path) -> int:
         """Restore everything; returns the number of updates done. Raises InputError where it does not fit this run."""
+        for name, partner in self.partners.items():
+            if not (checkpoint / name).is_dir():
+                raise InputError(f"{checkpoint} has no {name}: resume with the flags it was trained with, or --overwrite")
+            partner.load(checkpoint / name)
         weights = load_file(checkpoint / "weights.safetensors")
         if weights.keys() != self.parameters.keys() or any(weights[name].shape != value.shape for name, value in self.parameters.items()):
             raise InputError(f"{checkpoint} is of another model: resume with the flags it was trained with, or --overwrite")
@@ -117,7 +136,15 @@ class TrainState:
             for name, shadow in zip(self.parameters, self.ema.shadow_params, strict=True):
                 shadow.copy_(averages[name])
             self.ema.optimization_step = state["ema_step"]
+        self._load_memory(checkpoint / "memory.safetensors")
         return state["step"]
+
+    def _load_memory(self, file: Path) -> None:
+        saved = load_file(file)
+        if any(saved[name].shape != value.shape for name, value in self.memory.items()):
+            raise InputError(f"{file.parent} was saved with another --timestep_sampling: resume with the one it was trained with")
+        for name, value in self.memory.items():
+            value.copy_(saved[name])
 
 
 def trained_parameters(modules: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Parameter]:

@@ -35,7 +35,8 @@ def updates(
         state.finish_update()
         if due(step, cadence.logging, cadence.last):
             mean_loss = state.mean_loss(accelerator)
-            record.log(step, loss=mean_loss, learning_rate=state.learning_rate)
+            others = {f"{name}_loss": partner.mean_loss(accelerator) for name, partner in state.partners.items() if partner.losses}
+            record.log(step, loss=mean_loss, learning_rate=state.learning_rate, **others)
             bar.set_postfix(loss=f"{mean_loss:.4f}")
         if due(step, cadence.validation, cadence.last) and main:
             with state.averaged(), accelerator.autocast():

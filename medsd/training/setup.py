@@ -2,16 +2,17 @@
 
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from medsd.data.transforms import TrainingOrder, TrainingRows, row_classes, training_loader
+from medsd.data.transforms import TrainingOrder, TrainingRows, training_loader
 from medsd.errors import InputError
 from medsd.runtime import use_all_cores
-from medsd.training.checkpoint import TrainState, trained_parameters
+from medsd.training.checkpoint import TrainState, find_checkpoint, trained_parameters
 
 EMA_DECAY = 0.999
 
@@ -36,46 +37,46 @@ def clear_output(accelerator: Any, folder: Path, overwrite: bool) -> None:
     accelerator.wait_for_everyone()
 
 
-def start(
-    accelerator: Any,
-    modules: dict[str, torch.nn.Module],
-    learning_rate: float,
-    use_8bit: bool,
-    lr_scheduler: str,
-    warmup: int,
-    steps: int,
-    use_ema: bool,
-    checkpoint: Path | None,
-) -> tuple[TrainState, dict[str, torch.nn.Module], int]:
-    """Optimizer, schedule and average for what learns in `modules`, restored from a checkpoint where there is one.
+@dataclass(frozen=True)
+class Optimisation:
+    """AdamW, its learning rate over the updates, and whether weights are averaged."""
 
-    Returns the state, the modules prepared for the accelerator and in training mode, and the number of updates already done.
+    learning_rate: float
+    use_8bit_adam: bool
+    lr_scheduler: str
+    lr_warmup_steps: int
+    max_train_steps: int
+    use_ema: bool
+
+
+def start(accelerator: Any, modules: dict[str, torch.nn.Module], chosen: Optimisation) -> tuple[TrainState, dict[str, torch.nn.Module]]:
+    """Optimizer, schedule and average for what learns in `modules`.
+
+    Returns the state, and the modules prepared for the accelerator and in training mode.
     """
     parameters = trained_parameters(modules)
-    optimizer = build_optimizer(parameters.values(), learning_rate, use_8bit)
-    state = TrainState(parameters, optimizer, build_schedule(optimizer, lr_scheduler, warmup, steps), EMA_DECAY if use_ema else None)
-    done = state.load(checkpoint) if checkpoint else 0
+    optimizer = build_optimizer(parameters.values(), chosen.learning_rate, chosen.use_8bit_adam)
+    schedule = build_schedule(optimizer, chosen.lr_scheduler, chosen.lr_warmup_steps, chosen.max_train_steps)
+    state = TrainState(parameters, optimizer, schedule, EMA_DECAY if chosen.use_ema else None)
     networks = {name: accelerator.prepare(module).train() for name, module in modules.items()}
     state.optimizer = accelerator.prepare(optimizer)
-    return state, networks, done
+    return state, networks
+
+
+def resume(state: TrainState, run: Path, wanted: str | None) -> int:
+    """Restore the checkpoint that `--resume_from_checkpoint` names, if any; returns the number of updates done."""
+    checkpoint = find_checkpoint(run, wanted)
+    return state.load(checkpoint) if checkpoint else 0
 
 
 def batches(
-    accelerator: Any,
-    dataset: Any,
-    batch_size: int,
-    class_sampling: str,
-    seed: int,
-    updates_done: int,
-    num_workers: int,
-    prompts: np.ndarray | None = None,
+    accelerator: Any, rows: TrainingRows, classes: np.ndarray, batch_size: int, class_sampling: str, seed: int, done: int, num_workers: int
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Generator]]:
-    """Endless (batch of `TrainingRows`, generator of its random numbers); both depend on (seed, number of the micro-batch, process) alone.
+    """Endless (batch of `rows`, generator of its random numbers), from after `done` updates.
 
-    `prompts` `(N,)` is the number of each row's prompt.
+    Both depend on (seed, number of the micro-batch, process) alone. `classes` `(N,)` are those of `row_classes`.
     """
-    first, rows = updates_done * accelerator.gradient_accumulation_steps, TrainingRows(dataset, prompts)
-    classes = row_classes(dataset)
+    first = done * accelerator.gradient_accumulation_steps
     order = TrainingOrder(classes, batch_size, class_sampling, seed, first, accelerator.process_index, accelerator.num_processes)
     for number, batch in enumerate(training_loader(rows, order, num_workers), start=first):
         on_device = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
@@ -110,3 +111,9 @@ def draws(seed: int, micro_batch: int, rank: int, device: torch.device) -> torch
     """Generator of all random numbers of one micro-batch, so that any step can be repeated."""
     key = np.random.SeedSequence([seed, micro_batch, rank]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(key >> np.uint64(1)))
+
+
+def latent_noise(codec: Any, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Unit noise of the shape that images `(B, C, H, W)` have as latents, `(B, c, H / factor, W / factor)`."""
+    height, width = (side // codec.factor for side in images.shape[-2:])
+    return torch.randn((len(images), codec.latent_channels, height, width), generator=generator, device=images.device)

@@ -1,0 +1,107 @@
+"""Options of loss and noise through recipes/finetune_unet.py: each changes the training, and what it needs is kept and resumed."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medsd import MedSDPipeline
+from medsd.commandline import parse
+from medsd.config import FinetuneUNetConfig, PrepareDataConfig
+from medsd.errors import InputError
+from tests.test_recipes import losses, train
+
+
+@pytest.fixture(scope="module")
+def plain(phantom_data, tmp_path_factory):
+    return losses(train(phantom_data, tmp_path_factory.mktemp("plain") / "unet", validation_steps=0))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"loss_type": "l1"},
+        {"loss_type": "smooth_l1"},
+        {"loss_type": "huber"},
+        {"loss_type": "huber", "huber_schedule": "constant", "huber_c": 0.5},
+        {"noise_offset": 0.1},
+        {"input_perturbation": 0.1},
+        {"timestep_sampling": "logit_normal"},
+        {"timestep_sampling": "importance"},
+        {"lesion_weight": 5.0},
+        {"prediction_type": "epsilon"},
+        {"prediction_type": "sample"},
+        {"beta_schedule": "linear"},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"rescale_betas_zero_snr": True},
+        {"learned_variance": True},
+        {"snr_gamma": 5.0},
+        {"proportion_empty_prompts": 0.9},
+    ],
+    ids=str,
+)
+def test_each_option_changes_the_training_and_nothing_else(phantom_data, tmp_path, plain, flags):
+    run = train(phantom_data, tmp_path / "unet", **flags)
+    assert np.isfinite(losses(run)).all() and losses(run) != plain
+    pipe = MedSDPipeline.from_pretrained(run)
+    pipe.set_progress_bar_config(disable=True)
+    assert np.isfinite(pipe(class_name="epidural", num_inference_steps=3, guidance_scale=2.0, output_type="np").images).all()
+    scores = pipe.classify([np.zeros((1, 32, 32), np.int16)], mode="full", max_pairs=4)
+    assert np.isfinite(scores.log_likelihoods).all()
+
+
+def test_a_learned_variance_is_drawn_with_and_left_out_of_scores(phantom_data, tmp_path):
+    run = train(phantom_data, tmp_path / "unet", learned_variance=True)
+    pipe = MedSDPipeline.from_pretrained(run)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.learns_variance and type(pipe.scheduler).__name__ == "DDPMScheduler"
+    assert pipe.scheduler.config.variance_type == "learned_range" and not pipe.is_sd_shaped
+    scores = pipe.classify([np.zeros((1, 32, 32), np.int16)], mode="full", max_pairs=4).log_likelihoods
+    with torch.no_grad():
+        pipe.unet.conv_out.bias[16:] += 100
+    assert np.array_equal(scores, pipe.classify([np.zeros((1, 32, 32), np.int16)], mode="full", max_pairs=4).log_likelihoods)
+    from diffusers import DDIMScheduler
+
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    assert np.isfinite(pipe(class_name="epidural", num_inference_steps=3, output_type="np").images).all()
+
+
+def test_importance_sampling_is_resumed(phantom_data, tmp_path):
+    flags = {"timestep_sampling": "importance", "validation_steps": 0, "train_batch_size": 64}
+    whole = train(phantom_data, tmp_path / "whole", max_train_steps=8, **flags)
+    train(phantom_data, tmp_path / "part", max_train_steps=6, **flags)
+    part = train(phantom_data, tmp_path / "part", max_train_steps=8, resume_from_checkpoint="latest", **flags)
+    assert losses(part)[-2:] == losses(whole)[-2:]
+    state = load_file(whole / "checkpoint-8" / "memory.safetensors")["timesteps"]
+    assert state.shape == (50, 2) and state[:, 1].min() > 0
+    with pytest.raises(InputError, match="--timestep_sampling"):
+        train(phantom_data, part, max_train_steps=9, resume_from_checkpoint="latest", validation_steps=0, train_batch_size=64)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rescale_betas_zero_snr", "--prediction_type", "epsilon"], "v_prediction or sample"),
+        (["--learned_variance", "--vae", "x"], "in pixels"),
+        (["--adapt_channels"], "--pretrained_model_name_or_path"),
+        (["--cache_latents", "--random_flip", "both"], "--cached_augmentations 8"),
+        (["--huber_c", "0"], "above 0"),
+        (["--noise_offset", "-1"], "0 or more"),
+        (["--codec", "vq"], "--vae FOLDER"),
+    ],
+)
+def test_contradictions_are_named(flags, message):
+    with pytest.raises(InputError, match=message):
+        parse(FinetuneUNetConfig, flags)
+
+
+def test_noise_cannot_be_predicted_where_the_signal_is_gone(phantom_data, tmp_path):
+    base = train(phantom_data, tmp_path / "base", prediction_type="epsilon", validation_steps=0)
+    with pytest.raises(InputError, match="v_prediction or sample"):
+        train(phantom_data, tmp_path / "unet", pretrained_model_name_or_path=str(base), rescale_betas_zero_snr=True)
+
+
+def test_masks_are_stacked_where_there_are_masks():
+    assert parse(PrepareDataConfig, ["--channels", "image", "mask"]).stacks_mask
+    with pytest.raises(InputError, match="--mask_column names"):
+        parse(PrepareDataConfig, ["--source", "csv", "--data_dir", "d", "--labels", "l.csv", "--channels", "image", "mask"])
