@@ -62,9 +62,8 @@ def main() -> None:
     generated = pipe.data.intensity_map.from_unit(torch.cat(units)).numpy()
     for name, images in (("generated", generated), ("real", np.stack([np.clip(real[:, 0], -15, 115), real[:, 1]], 1))):
         inside, brighter, present = measure(images)
-        print(
-            f"RESULT {name}, {len(images)} images: {inside:.3f} of mask pixels inside the skull, brighter than the rim in {brighter:.3f}, a mask in {present:.3f}"
-        )
+        shares = f"{inside:.3f} of mask pixels inside the skull, brighter than the rim in {brighter:.3f}, a mask in {present:.3f}"
+        print(f"RESULT {name}, {len(images)} images: {shares}")
     if chosen.picture:
         grid(torch.stack([images[:8] for images in units])).save(chosen.picture)
 

@@ -331,7 +331,8 @@ class FinetuneUNetConfig(TrainingConfig):
     lesion_weight: float = 1.0
     """How often a place within a lesion's mask counts, against one outside."""
     snr_gamma: float | None = None
-    """Min-SNR-gamma loss weights (Hang et al., 2023); 0 for none. Default: 20 from a preset, none for a pretrained model."""
+    """Min-SNR-gamma loss weights (Hang et al., 2023); 0 for none. Default: 20 from a preset, none for a pretrained model and with
+    learned_variance."""
     proportion_empty_prompts: float = 0.1
     """Share of training images whose prompt is dropped, so that guidance works."""
     class_sampling: Literal["natural", "balanced", "sqrt"] = "natural"
@@ -364,12 +365,20 @@ class FinetuneUNetConfig(TrainingConfig):
         """Rules of codec, noise and loss."""
         if self.codec == "vq" and self.pretrained_model_name_or_path is None and self.vae is None:
             raise InputError("--codec vq from a preset needs --vae FOLDER, which recipes/finetune_vae.py --codec vq trains")
+        if self.snr_gamma is not None and (self.snr_gamma < 0 or (self.snr_gamma and self.learned_variance)):
+            raise InputError(f"--snr_gamma {self.snr_gamma}: 0 or more is expected, and 0 with --learned_variance, whose bound has weights")
         if self.learned_variance and (self.vae or self.pretrained_model_name_or_path):
             raise InputError("--learned_variance is for a --preset in pixels: leave it away (a pretrained model keeps its own output)")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise InputError("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: pure noise tells nothing of eps")
-        if self.adapt_channels and self.pretrained_model_name_or_path is None:
-            raise InputError("--adapt_channels is for a pretrained model: give --pretrained_model_name_or_path")
+        for field in ("adapt_channels", "revision"):
+            if getattr(self, field) and self.pretrained_model_name_or_path is None:
+                raise InputError(f"--{field} is for a pretrained model: give --pretrained_model_name_or_path")
+        for field in ("cache_latents", "enable_vae_slicing", "enable_vae_tiling"):
+            if getattr(self, field) and self.vae is None and self.pretrained_model_name_or_path is None:
+                raise InputError(f"--{field} is for an autoencoder, and pixels have none: give --vae, or leave it away")
+        if self.loss_type != "huber" and (self.huber_schedule, self.huber_c) != ("snr", 0.1):
+            raise InputError("--huber_schedule and --huber_c belong to --loss_type huber: give that, too")
         augmented = any(value not in {0, "none"} for value in self.augmentation().values())
         if self.cache_latents and augmented and self.cached_augmentations is None:
             raise InputError("--cache_latents keeps images as they are: drop the --random_* flags, or give --cached_augmentations 8")
@@ -447,6 +456,10 @@ class FinetuneVAEConfig(TrainingConfig):
             raise InputError("--lora_alpha belongs to --rank: give both")
         if self.perceptual_model is not None and self.perceptual_weight == 0:
             raise InputError("--perceptual_model belongs to a --perceptual_weight above 0: give both")
+        if self.gan_weight == 0 and self.gan_start is not None:
+            raise InputError("--gan_start lets a discriminator join whose --gan_weight 0 says that there is none: drop one")
+        if self.gan_start is not None and self.gan_start > self.max_train_steps:
+            raise InputError(f"--gan_start {self.gan_start} lies beyond --max_train_steps: the discriminator never joins")
         for field in ("kl_weight", "commitment_weight", "perceptual_weight", "gan_weight"):
             if (getattr(self, field) or 0) < 0:
                 raise InputError(f"--{field} {getattr(self, field)}: 0 or more is expected")

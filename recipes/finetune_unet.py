@@ -78,6 +78,7 @@ def data_info(config: FinetuneUNetConfig) -> "DataInfo":
 def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeline":
     """The model to start from, on the CPU, with the data's classes, prompts and intensity map, and the resolution to train at."""
     from medsd.data.dataset import available_splits, load_dataset
+    from medsd.data.intensity import label_channels
     from medsd.models.autoencoders import save_memory
     from medsd.models.conditioning import tokenize
     from medsd.models.unet import enable_xformers
@@ -102,6 +103,11 @@ def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeli
     )
     pipe.adopt(info)
     tokenize(pipe.tokenizer, prompts)
+    masked = "mask" in rows["train"].column_names or label_channels(info.intensity_map, info.image_channels)
+    if config.lesion_weight != 1 and not masked:
+        raise InputError(f"--lesion_weight {config.lesion_weight}: {config.dataset_name} has no masks; prepare it with --mask_column")
+    if config.cache_latents and pipe.codec.kind == "pixels":
+        raise InputError("--cache_latents spares the encoder, and pixels have none: leave it away")
     if config.codec and config.codec != pipe.codec.kind:
         raise InputError(f"--codec {config.codec}: this model's codec is {pipe.codec.kind}; start from another one or leave the flag away")
     return pipe
@@ -122,6 +128,8 @@ def start_from_preset(config: FinetuneUNetConfig, info: "DataInfo", prompts: lis
 
 def start_from_pretrained(config: FinetuneUNetConfig, info: "DataInfo", prompts: list[str]) -> "MedSDPipeline":
     """The pretrained pipeline, with another autoencoder, other channels and new words where these are wanted."""
+    from accelerate import PartialState
+
     from medsd.models.autoencoders import load_vae
     from medsd.models.codec import same_latents
 
@@ -130,16 +138,18 @@ def start_from_pretrained(config: FinetuneUNetConfig, info: "DataInfo", prompts:
         before, vae = pipe.vae, load_vae(config.vae)
         pipe.replace_vae(vae)
         if before is None or not same_latents(before, vae):
-            print(
-                f"warning: {config.vae} makes other latents than those this UNet was trained on, so the UNet must be trained in full: "
-                "leave --rank away, or train the VAE with --decoder_only"
+            remedy = ": leave --rank away, or train the VAE with --decoder_only" if config.rank else ", as it is now"
+            PartialState().print(
+                f"warning: {config.vae} makes other latents than those this UNet was trained on, so it must be trained in full{remedy}"
             )
     if config.adapt_channels:
         pipe.adapt_channels(info)
     if not pipe.reads_prompts and info.class_names:
-        if config.rank:
-            raise InputError(f"{config.pretrained_model_name_or_path} is unconditional and learns classes only in full: leave --rank away")
         pipe.learn_words(info, prompts)
+    if config.rank and not pipe.info.reads_prompts:
+        raise InputError(f"{config.pretrained_model_name_or_path} is unconditional and can only be trained in full: leave --rank away")
+    if config.rank:
+        pipe.record_base(config.pretrained_model_name_or_path, config.revision)
     return pipe
 
 
@@ -164,7 +174,6 @@ def choose_trained(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> dict[st
         pipe.vae.requires_grad_(False)
     if config.rank:
         add_lora(pipe.unet, config.rank, config.lora_alpha, FROZEN_DTYPES[config.mixed_precision])
-        pipe.record_base(config.pretrained_model_name_or_path, config.revision)
     if config.pretrained_model_name_or_path is None or config.train_text_encoder or not pipe.info.reads_prompts:
         return {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     learns = train_only_tokens(pipe.text_encoder, pipe.tokenizer, pipe.data.class_tokens)
@@ -172,8 +181,9 @@ def choose_trained(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> dict[st
 
 
 def default_snr_gamma(config: FinetuneUNetConfig) -> float | None:
-    """20 from random weights, none for a pretrained model, and none for 0."""
-    wanted = config.snr_gamma if config.snr_gamma is not None else 20.0 * (config.pretrained_model_name_or_path is None)
+    """20 from random weights, none for a pretrained model or a learned variance, and none for 0."""
+    plain = config.pretrained_model_name_or_path is not None or config.learned_variance
+    wanted = config.snr_gamma if config.snr_gamma is not None else 20.0 * (not plain)
     return wanted or None
 
 
@@ -194,8 +204,6 @@ def build_source(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "
     data, codec, device = pipe.data, pipe.codec, accelerator.device
     labels = label_channels(data.intensity_map, data.image_channels)
     images = Images(data, Augmentation(**config.augmentation(), label_channels=labels))
-    if config.lesion_weight != 1 and "mask" not in rows.column_names and not labels:
-        raise InputError(f"--lesion_weight {config.lesion_weight}: {config.dataset_name} has no masks; prepare it with --mask_column")
     if not config.cache_latents:
         return EncodedLatents(images, codec, config.lesion_weight)
     with accelerator.local_main_process_first():
@@ -232,7 +240,8 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
     unet, text_encoder = networks["unet"], networks.get("text_encoder", pipe.text_encoder)
     table = row_prompts(rows, pipe.data)
     prompt_ids = tokenize(pipe.tokenizer, table.prompts).to(accelerator.device)
-    reader = TrainingRows(rows, table.numbers, with_masks=config.lesion_weight != 1, with_images=not config.cache_latents)
+    with_masks = config.lesion_weight != 1 and not config.cache_latents
+    reader = TrainingRows(rows, table.numbers, with_masks, with_images=not config.cache_latents)
     order = (row_classes(rows), config.train_batch_size, config.class_sampling, config.seed, done, config.dataloader_num_workers)
     stream = batches(accelerator, reader, *order)
     measure = hybrid_error if pipe.learns_variance else denoising_error
@@ -253,7 +262,7 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
                 condition = encode_chosen(text_encoder, prompt_ids, prompts)
                 error = measure(unet, schedule, latents, noise, timesteps, condition, element_loss, emphasis, perturbation)
                 error = min_snr_weight(schedule, timesteps, snr_gamma) * error
-                sampler.learn(timesteps, error)
+                sampler.learn(*accelerator.gather((timesteps, error.detach())))
                 state.learn(accelerator, (factors * error).mean(), config.max_grad_norm)
 
     accelerator.wait_for_everyone()

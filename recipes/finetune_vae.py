@@ -39,7 +39,7 @@ def main(config: FinetuneVAEConfig) -> None:
     """Build the autoencoder, train it, and leave a folder that `AutoencoderKL.from_pretrained` (or VQModel) loads."""
     from medsd.data.dataset import load_info
     from medsd.data.transforms import at_resolution
-    from medsd.models.autoencoders import save_memory
+    from medsd.models.autoencoders import recompute_activations, save_memory
     from medsd.models.codec import codec_of
     from medsd.models.unet import enable_xformers
     from medsd.runtime import check_output, quiet_libraries
@@ -58,6 +58,8 @@ def main(config: FinetuneVAEConfig) -> None:
     codec = codec_of(vae, info.channels)
     codec.check_side(info.resolution)
     save_memory(vae, config.enable_vae_slicing, config.enable_vae_tiling)
+    if config.gradient_checkpointing:
+        recompute_activations(vae)
     if config.enable_xformers_memory_efficient_attention:
         enable_xformers(vae)
     if config.use_8bit_adam:
@@ -68,8 +70,8 @@ def main(config: FinetuneVAEConfig) -> None:
         train(config, accelerator, codec, info, distance, record)
     if config.push_to_hub and accelerator.is_main_process:
         vae.push_to_hub(config.hub_model_id, private=config.hub_private_repo)
-    vae, data, unet = (shlex.quote(str(path)) for path in (output_dir, config.dataset_name, output_dir.with_name("unet")))
-    accelerator.print(f"next: accelerate launch recipes/finetune_unet.py --vae {vae} --dataset_name {data} --output_dir {unet}")
+    folder, data, unet = (shlex.quote(str(path)) for path in (output_dir, config.dataset_name, output_dir.with_name("unet")))
+    accelerator.print(f"next: accelerate launch recipes/finetune_unet.py --vae {folder} --dataset_name {data} --output_dir {unet}")
 
 
 def build_autoencoder(config: FinetuneVAEConfig, info: "DataInfo") -> Any:
@@ -86,6 +88,8 @@ def build_autoencoder(config: FinetuneVAEConfig, info: "DataInfo") -> Any:
     if config.codec not in {None, kind}:
         raise InputError(f"--codec {config.codec}: {config.pretrained_model_name_or_path} is of codec {kind}; leave the flag away")
     if config.adapt_channels and vae.config.in_channels != info.channels:
+        if config.decoder_only and info.channels != 1:
+            raise InputError("--decoder_only keeps an encoder that never saw these channels: leave it away, and train the UNet in full")
         adapt_vae(vae, info.channels, label_channels(info.intensity_map, info.image_channels))
     return vae
 
@@ -117,8 +121,6 @@ def choose_trained(config: FinetuneVAEConfig, codec: "LearnedCodec") -> Any:
     adapters = add_vae_lora(codec.vae, config.rank, config.lora_alpha, config.decoder_only) if config.rank else None
     if config.decoder_only:
         choose_decoder(codec.vae)
-    if config.gradient_checkpointing:
-        codec.vae.enable_gradient_checkpointing()
     return adapters
 
 
@@ -154,6 +156,7 @@ def train(
     from medsd.data.intensity import label_channels
     from medsd.data.transforms import Augmentation, TrainingRows, row_classes, sample_images, sample_rows, to_unit
     from medsd.models.autoencoders import merge_vae_lora, training_pass
+    from medsd.models.unet import attention_kernel
     from medsd.training.loop import Cadence, updates
     from medsd.training.reconstruction import HeldOutImages
     from medsd.training.setup import Optimisation, batches, latent_noise, resume, start
@@ -174,7 +177,7 @@ def train(
     workers, classes = config.dataloader_num_workers, row_classes(rows)
     stream = batches(accelerator, TrainingRows(rows), classes, config.train_batch_size, "natural", config.seed, done, workers)
     held_out = HeldOutImages.load(config.dataset_name, info, LOOK_IMAGES)
-    record.environment(device=str(accelerator.device), trained_parameters=state.size)
+    record.environment(device=str(accelerator.device), attention=attention_kernel(codec.vae), trained_parameters=state.size)
 
     for step in updates(accelerator, state, record, done, Cadence(**config.cadence()), partial(look, held_out, codec, record)):
         # The training step.
@@ -214,20 +217,20 @@ def save(config: FinetuneVAEConfig, codec: "LearnedCodec", info: "DataInfo", ima
     """
     from medsd.inference.folder import PipelineInfo, publish, write_info
     from medsd.models.codec import latent_statistics, record_statistics
-    from medsd.runtime import partial_folder
+    from medsd.runtime import partial_folder, write_text
     from medsd.training.reconstruction import HeldOutImages, described, full_numbers, sheet
 
     if not config.decoder_only:
         record_statistics(codec, *latent_statistics(codec, images))
     made = partial_folder(folder)
     codec.vae.save_pretrained(made)
+    write_info(made, PipelineInfo(data=info, codec=codec.to_dict()))
+    publish(made, folder)
     held_out = HeldOutImages.load(config.dataset_name, info, HELD_OUT_IMAGES)
     again = held_out.reconstructed(codec)
     numbers = full_numbers(held_out, again, codec, images)
-    (made / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    sheet(held_out, again, numbers).save(made / "reconstructions.png")
-    write_info(made, PipelineInfo(data=info, codec=codec.to_dict()))
-    publish(made, folder)
+    write_text(folder / "metrics.json", json.dumps(numbers, indent=2) + "\n")
+    sheet(held_out, again, numbers).save(folder / "reconstructions.png")
     print(f"autoencoder in {folder}, pictures in {folder / 'reconstructions.png'}", *described(numbers), sep="\n  ")
 
 

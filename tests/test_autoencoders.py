@@ -199,9 +199,9 @@ def test_adapters_start_at_nothing_and_are_merged_exactly(kind):
     vae, unit = autoencoder(kind), images()
     codec = codec_of(vae, 1)
     noise = torch.randn(3, 4, 8, 8, generator=seeded())
-    before = training_pass(codec)(unit, noise)[0]
+    before = training_pass(codec)(unit, noise)
     adapters = add_vae_lora(vae, 2, 4, decoder_only=False)
-    torch.testing.assert_close(training_pass(codec)(unit, noise)[0], before)
+    torch.testing.assert_close(training_pass(codec)(unit, noise)[0], before[0])
     assert all("lora" in name for name, weight in vae.named_parameters() if weight.requires_grad) and len(last_layer(vae)) == 2
     with torch.no_grad():
         for name, weight in vae.named_parameters():
@@ -211,7 +211,7 @@ def test_adapters_start_at_nothing_and_are_merged_exactly(kind):
     merge_vae_lora(adapters)
     assert type(vae) in {AutoencoderKL, VQModel} and not any("lora" in name for name in vae.state_dict())
     torch.testing.assert_close(training_pass(codec)(unit, noise)[1], trained, atol=1e-4, rtol=1e-4)
-    assert (trained - before.new_zeros(())).abs().max() > 0
+    assert (trained - before[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -311,13 +311,12 @@ def test_the_perceptual_distance_sees_structure():
 
 
 def test_a_vision_model_of_transformers_serves_as_features(tmp_path):
-    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+    from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
     config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8)
     ViTModel(config).save_pretrained(tmp_path / "vit")
     (tmp_path / "vit" / "preprocessor_config.json").write_text('{"image_mean": [0.4, 0.4, 0.4], "image_std": [0.2, 0.2, 0.2]}')
-    assert ViTImageProcessor is not None
     distance = perceptual_distance(str(tmp_path / "vit"))
     assert isinstance(distance.features, PretrainedFeatures) and distance.features.mean.flatten().tolist() == pytest.approx([0.4] * 3)
     again, unit = images(2, side=64).requires_grad_(), images(2, side=64).flip(-1)

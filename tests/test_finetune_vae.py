@@ -72,10 +72,10 @@ def test_the_folder_loads_in_plain_diffusers_and_reports_itself(trained, kind, m
     assert numbers["error_hu"]["all"] > 1 and numbers["error_hu_without_codec"] < 0.5
     assert numbers["lesions"] and all(0 <= row["half_kept"] <= 1 for row in numbers["lesions"].values())
     assert ("codebook_perplexity" in numbers) == (kind == "vq")
-    assert np.asarray(Image.open(trained[kind] / "reconstructions.png").convert("L"))[:20].max() == 255
+    assert np.asarray(Image.open(trained[kind] / "reconstructions.png").convert("L"))[:20].max() > 200
 
 
-@pytest.mark.parametrize("flags", [{}, {"codec": "vq"}, {"gan_start": 1}, {"gradient_accumulation_steps": 2, "mixed_precision": "bf16"}])
+@pytest.mark.parametrize("flags", [{}, {"codec": "vq"}, {"gan_start": 1, "gradient_accumulation_steps": 2}, {"mixed_precision": "bf16"}])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(phantom_data, tmp_path, flags):
     """To the bit, the discriminator's weights included."""
     whole = train(phantom_data, tmp_path / "whole", max_train_steps=3, **flags)
@@ -93,9 +93,12 @@ def test_the_discriminator_joins_at_its_update(phantom_data, tmp_path):
     folder = train(phantom_data, tmp_path / "vae", max_train_steps=4, gan_weight=0.5, gan_start=3)
     assert len(losses(folder, "discriminator_loss")) == 2
     plain = train(phantom_data, tmp_path / "plain", max_train_steps=4)
-    assert losses(folder)[:2] == losses(plain)[:2] and losses(folder)[3] != losses(plain)[3]
-    with pytest.raises(InputError, match="has no discriminator"):
-        train(phantom_data, plain, max_train_steps=5, gan_start=3, resume_from_checkpoint="latest")
+    assert losses(folder)[:2] == losses(plain)[:2]
+    ours, theirs = (load_file(run / "checkpoint-3" / "weights.safetensors") for run in (folder, plain))
+    assert any(not torch.equal(value, theirs[name]) for name, value in ours.items())
+    for run, flags in ((plain, {"gan_start": 3}), (folder, {})):
+        with pytest.raises(InputError, match="discriminator: resume with the flags"):
+            train(phantom_data, run, max_train_steps=5, resume_from_checkpoint="latest", **flags)
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])

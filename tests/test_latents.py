@@ -81,6 +81,7 @@ def test_the_folder_is_that_of_what_moments_depend_on(tmp_path, rows, images, co
         (rows, images, other, CPU, 1, 0, False),
         (rows, Images(load_info(phantom_data), Augmentation(shift=2)), codec, CPU, 2, 0, False),
         (rows, Images(load_info(phantom_data), Augmentation(shift=2)), codec, CPU, 2, 1, False),
+        (rows, Images(load_info(phantom_data), Augmentation(shift=2)), codec, CPU, 1, 0, False),
         (rows, images, codec, CPU, 1, 0, True),
     ):
         assert cache_moments(tmp_path, *changed) != folder

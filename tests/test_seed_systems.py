@@ -61,7 +61,8 @@ def manifest(name):
 @pytest.mark.parametrize("name", ["adni_ldm", "adni_vqvae"])
 def test_adni(typed, name):
     prepare(typed, name, layouts.write_adni)
-    typed(finetune_vae, FinetuneVAEConfig, name, *TINY, *smaller(name, "finetune_vae"))
+    joins = ["--gan_start", "1"] if name == "adni_ldm" else []
+    typed(finetune_vae, FinetuneVAEConfig, name, *TINY, *smaller(name, "finetune_vae"), *joins)
     typed(finetune_unet, FinetuneUNetConfig, name, *TINY, *smaller(name, "finetune_unet"))
     pipe = draw(typed, name)
     assert pipe.codec.kind == ("kl" if name == "adni_ldm" else "vq")
@@ -93,7 +94,7 @@ def test_brats(typed, name, channels):
 def test_rsna_transfer(typed):
     """An unconditional model of MRI becomes a conditional one of CT, in an autoencoder that became one of three windows."""
     prepare(typed, "adni_ldm", layouts.write_adni)
-    typed(finetune_vae, FinetuneVAEConfig, "adni_ldm", *TINY, *smaller("adni_ldm", "finetune_vae"))
+    typed(finetune_vae, FinetuneVAEConfig, "adni_ldm", *TINY, *smaller("adni_ldm", "finetune_vae"), "--gan_start", "2")
     first = [*TINY, *smaller("adni_ldm", "finetune_unet"), "--unconditional", "--output_dir", "runs/adni_ldm/unconditional"]
     typed(finetune_unet, FinetuneUNetConfig, "adni_ldm", *first)
     prepare(typed, "rsna_transfer", lambda folder: layouts.write_rsna2019(Path("ct")), "--data_dir", "ct")

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from medsd import MedSDPipeline
 from medsd.commandline import parse
-from medsd.config import FinetuneUNetConfig, PrepareDataConfig
+from medsd.config import FinetuneUNetConfig, FinetuneVAEConfig, PrepareDataConfig
 from medsd.errors import InputError
 from tests.test_recipes import losses, train
 
@@ -23,7 +23,6 @@ def plain(phantom_data, tmp_path_factory):
         {"loss_type": "l1"},
         {"loss_type": "smooth_l1"},
         {"loss_type": "huber"},
-        {"loss_type": "huber", "huber_schedule": "constant", "huber_c": 0.5},
         {"noise_offset": 0.1},
         {"input_perturbation": 0.1},
         {"timestep_sampling": "logit_normal"},
@@ -40,7 +39,7 @@ def plain(phantom_data, tmp_path_factory):
     ],
     ids=str,
 )
-def test_each_option_changes_the_training_and_nothing_else(phantom_data, tmp_path, plain, flags):
+def test_each_option_changes_the_training(phantom_data, tmp_path, plain, flags):
     run = train(phantom_data, tmp_path / "unet", **flags)
     assert np.isfinite(losses(run)).all() and losses(run) != plain
     pipe = MedSDPipeline.from_pretrained(run)
@@ -48,6 +47,12 @@ def test_each_option_changes_the_training_and_nothing_else(phantom_data, tmp_pat
     assert np.isfinite(pipe(class_name="epidural", num_inference_steps=3, guidance_scale=2.0, output_type="np").images).all()
     scores = pipe.classify([np.zeros((1, 32, 32), np.int16)], mode="full", max_pairs=4)
     assert np.isfinite(scores.log_likelihoods).all()
+
+
+def test_the_threshold_of_huber_is_heard(phantom_data, tmp_path):
+    variants = [{}, {"huber_schedule": "constant"}, {"huber_c": 0.5}, {"huber_schedule": "exponential"}]
+    runs = [train(phantom_data, tmp_path / str(n), loss_type="huber", validation_steps=0, **flags) for n, flags in enumerate(variants)]
+    assert len({losses(run)[0] for run in runs}) == len(variants)
 
 
 def test_a_learned_variance_is_drawn_with_and_left_out_of_scores(phantom_data, tmp_path):
@@ -84,15 +89,34 @@ def test_importance_sampling_is_resumed(phantom_data, tmp_path):
         (["--rescale_betas_zero_snr", "--prediction_type", "epsilon"], "v_prediction or sample"),
         (["--learned_variance", "--vae", "x"], "in pixels"),
         (["--adapt_channels"], "--pretrained_model_name_or_path"),
-        (["--cache_latents", "--random_flip", "both"], "--cached_augmentations 8"),
-        (["--huber_c", "0"], "above 0"),
+        (["--vae", "v", "--cache_latents", "--random_flip", "both"], "--cached_augmentations 8"),
+        (["--loss_type", "huber", "--huber_c", "0"], "above 0"),
         (["--noise_offset", "-1"], "0 or more"),
         (["--codec", "vq"], "--vae FOLDER"),
+        (["--cache_latents"], "pixels have none"),
+        (["--enable_vae_tiling"], "pixels have none"),
+        (["--huber_c", "0.2"], "--loss_type huber"),
+        (["--revision", "main"], "--pretrained_model_name_or_path"),
     ],
 )
 def test_contradictions_are_named(flags, message):
     with pytest.raises(InputError, match=message):
         parse(FinetuneUNetConfig, flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gan_weight", "0", "--gan_start", "5"], "drop one"),
+        (["--gan_start", "9", "--max_train_steps", "8"], "never joins"),
+        (["--perceptual_weight", "0", "--perceptual_model", "m"], "--perceptual_weight above 0"),
+        (["--decoder_only"], "--pretrained_model_name_or_path"),
+        (["--kl_weight", "-1"], "0 or more"),
+    ],
+)
+def test_contradictions_about_autoencoders_are_named(flags, message):
+    with pytest.raises(InputError, match=message):
+        parse(FinetuneVAEConfig, flags)
 
 
 def test_noise_cannot_be_predicted_where_the_signal_is_gone(phantom_data, tmp_path):

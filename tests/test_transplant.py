@@ -17,7 +17,7 @@ from diffusers import (
 )
 
 from medsd.errors import InputError
-from medsd.models.conditioning import adopt_words, build_text_encoder, build_tokenizer, encode, forget_words, tokenize
+from medsd.models.conditioning import adopt_words, build_text_encoder, build_tokenizer, encode, tokenize
 from medsd.models.presets import PRESETS
 from medsd.models.transplant import check_exact, is_unconditional, load_unconditional, transplant
 
@@ -299,17 +299,6 @@ def empty(text_encoder, tokenizer):
     return read(text_encoder, tokenizer, [""] * len(PROMPTS))
 
 
-def test_forgetful_encoder_reads_every_prompt_as_the_empty_one():
-    tokenizer = build_tokenizer(PROMPTS, 16)
-    text_encoder = random_encoder(tokenizer)
-    expected = empty(text_encoder, tokenizer)
-    assert not torch.allclose(read(text_encoder, tokenizer, PROMPTS), expected, atol=1e-2)
-    forget_words(text_encoder, tokenizer)
-    assert torch.equal(empty(text_encoder, tokenizer), expected)
-    assert torch.equal(read(text_encoder, tokenizer, PROMPTS), expected)
-    assert_learns(text_encoder, tokenizer)
-
-
 @pytest.mark.parametrize("old_words, new_words", [([], PROMPTS), ([*PROMPTS, "and many other words"], PROMPTS)])
 def test_adopted_words_read_as_the_empty_prompt(old_words, new_words, tmp_path):
     old, new = build_tokenizer(old_words, 16), build_tokenizer(new_words, 24)
@@ -341,7 +330,6 @@ def test_tokenizers_that_pad_with_another_token_are_refused():
     text_encoder = random_encoder(tokenizer)
     other.pad_token = "!"
     for act in (
-        lambda: forget_words(text_encoder, other),
         lambda: adopt_words(text_encoder, other, tokenizer),
         lambda: adopt_words(text_encoder, tokenizer, other),
     ):

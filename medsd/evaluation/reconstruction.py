@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool2d, conv2d, fold, unfold
 
 RANGE = 2.0
 WINDOW, SIGMA = 11, 1.5
-"""Side and standard deviation, in pixels, of SSIM's Gaussian window (Wang et al., 2004)."""
+"""Side (less for smaller images) and standard deviation, in pixels, of SSIM's Gaussian window (Wang et al., 2004)."""
 K1, K2 = 0.01, 0.03
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Of MS-SSIM (Wang et al., 2003, section 3.2)."""
@@ -46,7 +46,7 @@ def ms_ssim(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
     Five scales need 176 pixels; smaller images have as many as the window fits into, with weights that add up to one again.
     """
-    levels = [level for level in range(len(SCALE_WEIGHTS)) if min(images.shape[-2:]) // 2**level >= WINDOW]
+    levels = [level for level in range(len(SCALE_WEIGHTS)) if level == 0 or min(images.shape[-2:]) // 2**level >= WINDOW]
     weights, product = np.array(SCALE_WEIGHTS[: len(levels)]), 1.0
     for level, weight in zip(levels, weights / weights.sum(), strict=True):
         whole, structure = _similarity(reconstruction, images)
@@ -58,9 +58,10 @@ def ms_ssim(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 def _similarity(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """SSIM, and its contrast and structure term alone, each `(B,)`."""
     channels, one, other = one.shape[1], one.double(), other.double()
-    x = torch.arange(WINDOW, dtype=one.dtype) - WINDOW // 2
+    window = min(WINDOW, *one.shape[-2:])
+    x = torch.arange(window, dtype=one.dtype) - (window - 1) / 2
     bell = torch.exp(-(x**2) / (2 * SIGMA**2))
-    kernel = (bell[:, None] * bell / bell.sum() ** 2).expand(channels, 1, WINDOW, WINDOW)
+    kernel = (bell[:, None] * bell / bell.sum() ** 2).expand(channels, 1, window, window)
 
     def local(values: torch.Tensor) -> torch.Tensor:
         return conv2d(values, kernel, groups=channels)
@@ -83,12 +84,12 @@ def sharpness(reconstruction: torch.Tensor, images: torch.Tensor) -> float:
 
 def patch_pca(train: torch.Tensor, images: torch.Tensor, factor: int, components: int) -> torch.Tensor:
     """Images coded by the first principal components of `factor` x `factor` patches of `train`: the best linear codec of that size."""
-    patches = _patches(train, factor)
-    mean = patches.mean(0)
-    scatter = (patches - mean).T @ (patches - mean)
+    mean = torch.stack([_patches(image[None], factor).mean(0) for image in train]).mean(0)
+    centred = ((_patches(image[None], factor) - mean) for image in train)
+    scatter = sum(patches.T @ patches for patches in centred)
     basis = torch.linalg.eigh(scatter).eigenvectors[:, -components:]
-    coded = (_patches(images, factor) - mean) @ basis @ basis.T + mean
-    return fold(coded.unflatten(0, (len(images), -1)).movedim(1, 2), images.shape[-2:], factor, stride=factor).clamp(-1, 1).float()
+    coded = [((_patches(image[None], factor) - mean) @ basis @ basis.T + mean).T[None] for image in images]
+    return torch.cat([fold(patches, images.shape[-2:], factor, stride=factor) for patches in coded]).clamp(-1, 1).float()
 
 
 def _patches(images: torch.Tensor, factor: int) -> torch.Tensor:

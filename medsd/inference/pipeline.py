@@ -171,6 +171,9 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
 
     def replace_vae(self, vae: Any) -> None:
         """Take another autoencoder; a LoRA folder then holds it, too."""
+        if self.vae is None:
+            latents = {name: SD_SCHEDULE[name] for name in ("clip_sample", "steps_offset", "set_alpha_to_one")}
+            self.scheduler = type(self.scheduler).from_config(self.scheduler.config, **latents)
         self.register_modules(vae=vae)
         self.info = replace(self.info, own_vae=True, codec=codec_of(vae, vae.config.in_channels).to_dict())
 
@@ -184,7 +187,12 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         if wanted.get("rescale_betas_zero_snr"):
             # Lin et al. (2024), section 3.3: sampling has to begin at the last timestep.
             wanted["timestep_spacing"] = "trailing"
-        self.scheduler = type(self.scheduler).from_config(self.scheduler.config, **wanted)
+        if "beta_schedule" in wanted:
+            wanted["trained_betas"] = None
+        if wanted:
+            # Other schedulers, such as Stable Diffusion's own PNDM, would leave some of these out without a word.
+            kind = DDPMScheduler if self.learns_variance else DDIMScheduler
+            self.scheduler = kind.from_config(self.scheduler.config, **wanted)
         if self.scheduler.config.get("rescale_betas_zero_snr") and self.scheduler.config.prediction_type == "epsilon":
             raise InputError("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: pure noise tells nothing of eps")
 
@@ -253,6 +261,8 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         if guided:
             empty = self.encode_prompts([""]).expand_as(condition)
             condition = torch.cat([empty, condition])
+        if not isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.get("variance_type"):
+            self.scheduler.register_to_config(variance_type=None)
         self.scheduler.set_timesteps(steps, device=latents.device)
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         latents = latents * self.scheduler.init_noise_sigma
@@ -262,6 +272,7 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
             if guided:
                 unconditional, conditional = prediction.chunk(2)
                 prediction = unconditional + guidance_scale * (conditional - unconditional)
+                prediction[:, latents.shape[1] :] = conditional[:, latents.shape[1] :]  # A variance is not extrapolated.
             if self.learns_variance and not takes_variance(self.scheduler):
                 prediction = prediction[:, : latents.shape[1]]
             latents = self.scheduler.step(prediction, timestep, latents, **extra).prev_sample
@@ -441,7 +452,7 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         local = Path(name).exists() or not folders.looks_like_hub_id(name)
         record = Path(name) if local else folders.download_record(name, options.get("revision"))
         if is_foreign(str(record)):
-            return cls._from_foreign(load_foreign(name))
+            return cls._from_foreign(load_foreign(name, options.get("revision")))
         info = folders.read_info(record)
         if info.base is not None:
             return cls._from_lora(record, info, options)
@@ -479,7 +490,9 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
     @property
     def is_sd_shaped(self) -> bool:
         """Whether plain diffusers' StableDiffusionPipeline loads what `save_pretrained` writes."""
-        return is_sd_shaped(self.vae) and not self.learns_variance
+        schedule = self.scheduler.config
+        plain = schedule.get("steps_offset", 1) == 1 and not schedule.get("clip_sample", False)
+        return is_sd_shaped(self.vae) and plain and not self.learns_variance
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write the pipeline folder; it has an index only once all its parts are there."""

@@ -14,13 +14,11 @@ from diffusers import AutoencoderKL, VQModel
 from medsd.errors import InputError
 from medsd.models.codec import KLCodec, LearnedCodec, VQCodec
 from medsd.models.convert import is_monai_bundle, is_single_file, load_monai_bundle, load_single_file
-from medsd.models.presets import Preset
+from medsd.models.presets import SAMPLE_SIZE, Preset
 
 KINDS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 FOLDERS = ("vae", "vqvae", None)
 """Where a pipeline folder keeps its autoencoder; None for a folder that is one."""
-SAMPLE_SIZE = 512
-"""Side of the images above which tiling cuts them, in pixels, for an autoencoder from a preset."""
 CONVOLUTIONS = r".*\.(conv1|conv2|conv_shortcut|conv|conv_in|conv_out)|conv_in|conv_out|quant_conv|post_quant_conv"
 LORA_LAYERS = rf"{CONVOLUTIONS}|.*\.(to_q|to_k|to_v|to_out\.0)"
 
@@ -69,8 +67,8 @@ def nearest_entries(codebook: torch.Tensor, latents: torch.Tensor) -> torch.Tens
 @torch.no_grad()
 def seed_codebook(codec: VQCodec, images: torch.Tensor, generator: torch.Generator) -> None:
     """Start a codebook that knows nothing at latents of images `(B, C, H, W)`, drawn at random, so that entries lie where latents are."""
-    places = torch.cat([codec.moments(part) for part in images.split(16)]).movedim(1, -1).flatten(0, -2)
     table = codec.vae.quantize.embedding.weight
+    places = torch.cat([codec.moments(part.to(table.device)) for part in images.split(16)]).movedim(1, -1).flatten(0, -2)
     drawn = torch.randint(len(places), (len(table),), generator=generator, device=generator.device)
     table.copy_(places[drawn.to(places.device)])
 
@@ -167,6 +165,14 @@ def add_vae_lora(vae: AutoencoderKL | VQModel, rank: int, alpha: int | None, dec
 def merge_vae_lora(adapters: Any) -> None:
     """Add the adapters to the weights, so that the autoencoder is a plain one again."""
     adapters.merge_and_unload()
+
+
+def recompute_activations(vae: AutoencoderKL | VQModel) -> None:
+    """Gradient checkpointing; raises InputError for an autoencoder without it."""
+    try:
+        vae.enable_gradient_checkpointing()
+    except ValueError as error:
+        raise InputError(f"{type(vae).__name__} has no gradient checkpointing: leave --gradient_checkpointing away") from error
 
 
 def last_layer(vae: AutoencoderKL | VQModel) -> list[torch.Tensor]:

@@ -2,8 +2,8 @@
 
 The network then sees the mean of the new channels wherever it saw one of the old ones, and gives each new channel the mean of the
 old outputs. For one channel this is *exactly* the old network with the image repeated going in and averaged coming out; several
-channels that hold the same image give what that image gave. Channels that hold labels (a mask) enter with weight zero and leave as
-background, so they disturb nothing until they are learnt.
+channels that hold the same image give what that image gave. Channels that hold labels (a mask) enter with weight zero and leave an
+autoencoder as background, so they disturb nothing until they are learnt.
 """
 
 from typing import Any
@@ -24,7 +24,10 @@ def adapt_vae(vae: Any, channels: int, label_channels: int = 0) -> None:
 
 
 def adapt_unet(unet: Any, image_channels: int, channels: int, label_channels: int = 0) -> None:
-    """Make a UNet of folded pixels (`PixelCodec`) of images with `image_channels` one of images with `channels`."""
+    """Make a UNet of folded pixels (`PixelCodec`) of images with `image_channels` one of images with `channels`.
+
+    With several channels the mean that it sees has less noise than each of them, so it has to be trained; it predicts 0 for labels.
+    """
     block, heads = unet.config.in_channels // image_channels, unet.config.out_channels // unet.config.in_channels
     new = (channels - label_channels, label_channels)
     unet.conv_in = adapt_input(unet.conv_in, image_channels, *new)

@@ -13,10 +13,15 @@ from diffusers import AutoencoderKL, VQModel
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from medsd.errors import InputError
+from medsd.models.channels import adapt_input
 
 ENCODE_BATCH = 16
 HIGHEST_LOG_VARIANCE, LOWEST_LOG_VARIANCE = 20.0, -30.0
 """Bounds of a posterior's log-variance, as in diffusers' `DiagonalGaussianDistribution`."""
+
+
+SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""Of an autoencoder's config: what brings its latents to unit scale."""
 
 
 class Codec(Protocol):
@@ -257,10 +262,12 @@ def is_sd_shaped(vae: Any) -> bool:
 
 
 def same_latents(one: Any, other: Any) -> bool:
-    """Whether two autoencoders have the same encoder, so that latents of one mean the same to the other."""
+    """Whether two autoencoders have the same encoder, up to channel surgery, so that latents of one mean the same to the other."""
     own, theirs = _encoder_weights(one), _encoder_weights(other)
+    if one.config.in_channels != other.config.in_channels:
+        own["encoder.conv_in.weight"] = adapt_input(one.encoder.conv_in, one.config.in_channels, other.config.in_channels, 0).weight.float()
     alike = own.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in own.items())
-    return alike and one.config.scaling_factor == other.config.scaling_factor
+    return alike and all(one.config.get(name) == other.config.get(name) for name in SCALES)
 
 
 def _encoder_weights(vae: Any) -> dict[str, torch.Tensor]:

@@ -130,25 +130,13 @@ def train_only_tokens(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, tok
 
 
 @torch.no_grad()
-def forget_words(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
-    """Make every prompt read as the empty one: each token's embedding but the start's becomes the end's, which also pads.
-
-    Afterwards `encode` gives every prompt, bit for bit, what it gave the empty one before (the pooled output, which diffusion
-    does not use, aside), and each token learns on its own from there. Raises InputError where another token pads.
-    """
-    check_padding(tokenizer)
-    table = text_encoder.get_input_embeddings().weight
-    start = table[tokenizer.bos_token_id].clone()
-    table.copy_(table[tokenizer.eos_token_id].clone())
-    table[tokenizer.bos_token_id] = start
-
-
-@torch.no_grad()
 def adopt_words(text_encoder: CLIPTextModel, old_tokenizer: CLIPTokenizer, new_tokenizer: CLIPTokenizer) -> None:
-    """Give a text encoder the words of another tokenizer, all of which read as the empty prompt at first (see `forget_words`).
+    """Give a text encoder the words of another tokenizer, all of which read as the empty prompt at first.
 
-    Embeddings of start and end go to the ids that the new tokenizer has for them; its longest prompt becomes the old one's, which
-    is what the text encoder reads. Raises InputError where one of them pads with another token than the end.
+    Each token's embedding but the start's is the end's, which also pads: `encode` gives every prompt, bit for bit, what it gave the
+    empty one before, and each token learns on its own from there. Embeddings of start and end go to the ids that the new tokenizer
+    has for them; its longest prompt becomes the old one's, which is what the text encoder reads. Raises InputError where one of them
+    pads with another token than the end.
     """
     check_padding(old_tokenizer)
     check_padding(new_tokenizer)

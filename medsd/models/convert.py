@@ -6,6 +6,7 @@ A file is read without running code: safetensors, or a pickle of tensors only.
 import ast
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -116,10 +117,14 @@ def _convert(weights: Weights, settings: Mapping[str, Any]) -> Parts:
         return convert_ldm(weights, settings)
     if is_ldm_vae(weights):
         return Parts(vae=convert_ldm_vae(weights, settings))
-    if is_monai_autoencoder(weights):
-        return Parts(vae=convert_monai(weights, None))
-    if is_monai_unet(weights):
-        return Parts(unet=convert_monai(weights, None))
+    if is_monai_autoencoder(weights) or is_monai_unet(weights):
+        warnings.warn(
+            "a single file of MONAI tells neither groups nor head widths, and MONAI's defaults are assumed: name the bundle's folder, "
+            "whose configs/ say them, if it was trained with others",
+            stacklevel=2,
+        )
+        model = convert_monai(weights, None)
+        return Parts(vae=model) if is_monai_autoencoder(weights) else Parts(unet=model)
     if "time_embedding.linear_1.weight" in weights or "encoder.down_blocks.0.resnets.0.conv1.weight" in weights:
         raise InputError("these weights have diffusers' names already: name the folder that holds the file and its config.json")
     beginnings = sorted({key.split(".")[0] for key in weights})
@@ -212,9 +217,10 @@ def _resolve(config: dict[str, Any], key: str, value: Any) -> Any:
 
 
 def _scale_factor(records: list[Any]) -> float:
-    """The first number that a weights file or a config calls `scale_factor`, else 1."""
-    for record in records:
-        value = record.get("scale_factor") if isinstance(record, Mapping) else None
-        if isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.numel() == 1):
-            return float(value)
-    return 1.0
+    """The first number that a weights file or a config calls `scale_factor`, else 1; raises InputError where only a formula says it."""
+    found = [(record, entry["scale_factor"]) for record in records for entry in _entries(record) if "scale_factor" in entry]
+    numbers = [value for _, value in found if isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.numel() == 1)]
+    if numbers or not found:
+        return float(numbers[0]) if numbers else 1.0
+    record, value = found[0]
+    return float(_resolve(record, "scale_factor", value))

@@ -5,6 +5,7 @@ from the `settings`: CompVis' YAML as a dict, which lies beside the file and may
 """
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -327,6 +328,12 @@ def convert_schedule(weights: Weights, settings: Mapping[str, Any]) -> DDIMSched
     prediction = PREDICTIONS.get(params.get("parameterization", "eps"))
     if prediction is None:
         raise InputError(f"parameterization {params['parameterization']!r} of the YAML is not one of {', '.join(PREDICTIONS)}")
+    if "parameterization" not in params and any(key.startswith(OPEN_CLIP) for key in weights):
+        warnings.warn(
+            "Stable Diffusion 2 in one file does not say what it predicts, and noise is assumed: for a 768 px model put its YAML beside it "
+            "or give --prediction_type v_prediction",
+            stacklevel=2,
+        )
     curve = _table_curve(weights) or _yaml_curve(params) or SD_BETAS
     return DDIMScheduler(**curve, steps_offset=1, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction)
 

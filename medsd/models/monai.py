@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2D
 
 from medsd.errors import InputError
 from medsd.models.parts import Model, Weights, build, count, fill, first, shape, strip, tensor
+from medsd.models.presets import SAMPLE_SIZE
 
 DEFINITION_KEYS = ("norm_num_groups", "norm_eps", "num_head_channels")
 """Constructor keywords that no shape tells."""
@@ -241,6 +242,7 @@ def _convert_autoencoder(weights: Weights, definition: Mapping[str, Any]) -> Aut
         "latent_channels": shape(weights, f"{decoder.entrance}.weight")[1],
         "norm_num_groups": _groups(channels, definition),
         "scaling_factor": 1.0,
+        "sample_size": SAMPLE_SIZE,
         "mid_block_add_attention": has_middle,
     }
     weights = _with_moments(weights, encoder.exits[1])

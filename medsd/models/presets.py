@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+SAMPLE_SIZE = 512
+"""Side of the images above which tiling cuts them, in pixels, for an autoencoder that does not say another."""
+
 
 @dataclass(frozen=True)
 class Preset:

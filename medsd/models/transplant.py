@@ -62,7 +62,7 @@ def transplant(source: UNet2DModel, cross_attention_dim: int) -> UNet2DCondition
 
     It is a plain diffusers model in float32, on the source's device, with copies of the source's weights; what is new draws from
     torch's global generator. Train all of it: with the new layers frozen, as LoRA has them, it never takes notice of the condition.
-    The text encoder must tell prompts apart (no `forget_words`): two zeros in a row would hardly learn.
+    The text encoder must tell prompts apart (no `adopt_words`): two zeros in a row would hardly learn.
 
     Raises InputError where a setting of `source` has no counterpart.
     """
@@ -162,20 +162,20 @@ def _names_unet(record: dict[str, Any]) -> bool:
     return record.get("_class_name") == "UNet2DModel" or record.get("unet") == ["diffusers", "UNet2DModel"]
 
 
-def load_unconditional(name: str) -> tuple[UNet2DModel, Any | None, Any | None]:
+def load_unconditional(name: str, revision: str | None = None) -> tuple[UNet2DModel, Any | None, Any | None]:
     """UNet, autoencoder (`VQModel` or `AutoencoderKL`) or None, and scheduler or None.
 
     `name` is a folder or Hub id of a DDPMPipeline, DDIMPipeline or LDMPipeline, or a bare `UNet2DModel`; safetensors only.
     Raises InputError where it is none of them.
     """
-    kind, record = _describe(name)
+    kind, record = _describe(name, revision)
     found = record.get("_class_name")
     if not _names_unet(record) or (kind is DiffusionPipeline and found not in PIPELINES):
         raise InputError(
             f"{name} is a {found}; a UNet2DModel, bare or in a {' or '.join(sorted(PIPELINES))}, is expected: name another model"
         )
     try:
-        loaded = kind.from_pretrained(name, use_safetensors=True)
+        loaded = kind.from_pretrained(name, revision=revision, use_safetensors=True)
     except OSError as error:
         problem = str(error).splitlines()[0]
         raise InputError(
@@ -187,12 +187,12 @@ def load_unconditional(name: str) -> tuple[UNet2DModel, Any | None, Any | None]:
     return parts["unet"], parts.get("vqvae") or parts.get("vae"), parts.get("scheduler")
 
 
-def _describe(name: str) -> tuple[type[DiffusionPipeline] | type[UNet2DModel], dict[str, Any]]:
+def _describe(name: str, revision: str | None) -> tuple[type[DiffusionPipeline] | type[UNet2DModel], dict[str, Any]]:
     """What loads `name`, and its `model_index.json` or `config.json`."""
     problem = ""
     for kind in (DiffusionPipeline, UNet2DModel):
         try:
-            return kind, kind.load_config(name)
+            return kind, kind.load_config(name, revision=revision)
         except OSError as error:
             problem = str(error).splitlines()[0]
     raise InputError(f"{name}: neither a diffusers pipeline nor a UNet2DModel is there ({problem})")

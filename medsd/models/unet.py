@@ -1,9 +1,8 @@
 """The UNet: built from a preset, and checked against what it is fed."""
 
-from typing import Any
-
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 
 from medsd.errors import InputError
 from medsd.models.presets import Preset
@@ -38,18 +37,18 @@ def check_side(latent_side: int, levels: int) -> None:
         )
 
 
-def enable_xformers(unet: torch.nn.Module) -> None:
-    """Select xformers' attention kernel; raises InputError where there is none that runs."""
+def enable_xformers(model: torch.nn.Module) -> None:
+    """Select xformers' attention kernel in a UNet or an autoencoder; raises InputError where there is none that runs."""
     hint = "leave --enable_xformers_memory_efficient_attention away (torch's own SDPA is used then)"
     if not torch.cuda.is_available():
         raise InputError(f"xformers has no attention kernel for a CPU: {hint}")
     try:
-        unet.enable_xformers_memory_efficient_attention()
+        model.enable_xformers_memory_efficient_attention()
     except Exception as error:
         raise InputError(f"xformers does not run here ({error}): install medsd[gpu], or {hint}") from error
 
 
-def attention_kernel(unet: Any) -> str:
-    """Name of the attention kernel that the UNet really uses."""
-    names = {type(processor).__name__ for processor in unet.attn_processors.values()}
+def attention_kernel(model: torch.nn.Module) -> str:
+    """Name of the attention kernel that a UNet or an autoencoder really uses."""
+    names = {type(module.processor).__name__ for module in model.modules() if isinstance(module, Attention)}
     return "xformers" if any("XFormers" in name for name in names) else "torch SDPA"

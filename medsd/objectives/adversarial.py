@@ -13,6 +13,7 @@ from torch.nn.functional import relu
 
 MOST = 1e4
 """Upper bound of the adaptive weight."""
+LOUD = 2.0**12
 
 
 class PatchDiscriminator(nn.Module):
@@ -49,7 +50,7 @@ def deception_loss(discriminator: nn.Module, reconstruction: torch.Tensor) -> to
 
 def adaptive_weight(error: torch.Tensor, deception: torch.Tensor, last_layer: Sequence[torch.Tensor]) -> torch.Tensor:
     """Ratio of the two losses' gradients at the decoder's last layer (Esser et al., 2021, eq. 7); a number without gradient."""
-    norms = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(loss, last_layer, retain_graph=True)]).norm() for loss in (error, deception)
-    ]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(0, MOST).detach()
+    # Enlarged, so that gradients survive half precision; the ratio does not change.
+    losses = (LOUD * error, LOUD * deception)
+    norms = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, last_layer, retain_graph=True)]).norm() for loss in losses]
+    return (norms[0] / (norms[1] + 1e-4 * LOUD)).clamp(0, MOST).detach()

@@ -63,12 +63,13 @@ class PretrainedFeatures(nn.Module):
         from transformers import AutoModel
 
         try:
-            model = AutoModel.from_pretrained(name, use_safetensors=True)
+            model = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise InputError(f"--perceptual_model {name}: no vision model of transformers there ({str(error).splitlines()[0]})") from error
         if not hasattr(model.config, "num_channels") or model.config.num_channels != 3:
             raise InputError(f"--perceptual_model {name}: a model of colour images is expected, this is a {type(model).__name__}")
-        return cls(model, *_normalisation(name), getattr(model.config, "image_size", None))
+        side = getattr(model.config, "image_size", None)
+        return cls(model, *_normalisation(name), side if side is None or isinstance(side, int) else min(side))
 
     def forward(self, planes: torch.Tensor) -> list[torch.Tensor]:
         """Planes `(N, 1, H, W)` in `[-1, 1]` -> hidden states, channels (or token width) second."""

@@ -16,22 +16,27 @@ class Adversary:
     def __init__(
         self, accelerator: Any, channels: int, weight: float, first: int, last_layer: Sequence[torch.Tensor], optimisation: Optimisation
     ) -> None:
-        self.accelerator, self.weight, self.first, self.last_layer = accelerator, weight, first, last_layer
+        self.accelerator, self.weight, self.last_layer = accelerator, weight, last_layer
         self.discriminator = PatchDiscriminator(channels).to(accelerator.device)
         self.state, networks = start(accelerator, {"discriminator": self.discriminator}, optimisation)
+        self.state.memory["first_update"] = torch.tensor([first])
         self.networks: list[torch.nn.Module] = [networks["discriminator"]]
         self.partners: dict[str, TrainState] = {"discriminator": self.state}
 
+    def joined(self, step: int) -> bool:
+        """Whether the discriminator plays a part in update `step`; a resumed run keeps the moment at which it joined."""
+        return step >= self.state.memory["first_update"].item()
+
     def deception(self, step: int, error: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
         """The weighted loss, a number, that `error` is added to; 0 until the discriminator joins."""
-        if step < self.first:
+        if not self.joined(step):
             return torch.zeros_like(error)
         deception = deception_loss(self.discriminator, reconstruction).mean()
         return self.weight * adaptive_weight(error, deception, self.last_layer) * deception
 
     def learn(self, step: int, images: torch.Tensor, reconstruction: torch.Tensor, max_grad_norm: float) -> None:
         """The discriminator's update."""
-        if step >= self.first:
+        if self.joined(step):
             loss = discriminator_loss(self.networks[0], images, reconstruction).mean()
             self.state.learn(self.accelerator, loss, max_grad_norm)
 
@@ -39,8 +44,9 @@ class Adversary:
 class NoAdversary:
     """The interface of `Adversary`, without a discriminator."""
 
-    networks: Sequence[torch.nn.Module] = ()
-    partners: dict[str, TrainState] = {}
+    def __init__(self) -> None:
+        self.networks: list[torch.nn.Module] = []
+        self.partners: dict[str, TrainState] = {}
 
     def deception(self, step: int, error: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
         """0."""

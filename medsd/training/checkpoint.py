@@ -56,9 +56,18 @@ class TrainState:
         self.losses.append(loss.detach())
         accelerator.backward(loss)
         if accelerator.sync_gradients:
-            accelerator.clip_grad_norm_(list(self.parameters.values()), max_grad_norm)
+            self._clip(accelerator, max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _clip(self, accelerator: Any, max_grad_norm: float) -> None:
+        """Clip this state's gradients; accelerate's own would also unscale those of partners, which are not complete yet (fp16)."""
+        parameters = list(self.parameters.values())
+        if accelerator.scaler is None:
+            accelerator.clip_grad_norm_(parameters, max_grad_norm)
+        else:
+            accelerator.unscale_gradients(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
 
     def finish_update(self) -> None:
         """Advance the learning rate and the moving average."""
@@ -115,9 +124,11 @@ class TrainState:
 
     def load(self, checkpoint: Path) -> int:
         """Restore everything; returns the number of updates done. Raises InputError where it does not fit this run."""
+        saved = {path.name for path in checkpoint.iterdir() if path.is_dir()}
+        for name in saved ^ self.partners.keys():
+            there = "has a" if name in saved else "has no"
+            raise InputError(f"{checkpoint} {there} {name}: resume with the flags it was trained with, or --overwrite")
         for name, partner in self.partners.items():
-            if not (checkpoint / name).is_dir():
-                raise InputError(f"{checkpoint} has no {name}: resume with the flags it was trained with, or --overwrite")
             partner.load(checkpoint / name)
         weights = load_file(checkpoint / "weights.safetensors")
         if weights.keys() != self.parameters.keys() or any(weights[name].shape != value.shape for name, value in self.parameters.items()):

@@ -6,10 +6,12 @@ step draws its latents anew from them.
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,16 +21,18 @@ from tqdm import tqdm
 
 from medsd.data.dataset import DataInfo
 from medsd.data.transforms import Augmentation, TrainingRows, column, shrink, to_unit
+from medsd.errors import InputError
 from medsd.models.channels import BACKGROUND
-from medsd.models.codec import Codec
+from medsd.models.codec import SCALES, Codec
 from medsd.objectives.diffusion import lesion_emphasis
-from medsd.runtime import partial_folder
 
 Batch = dict[str, torch.Tensor]
 LatentSource = Callable[[Batch, torch.Generator], tuple[torch.Tensor, torch.Tensor | None]]
 """A batch of `TrainingRows` and the step's generator -> latents `(B, c, h, w)`, and the emphasis `(B, 1, h, w)` of their places or None."""
 MOMENTS_FILE, MASKS_FILE, RECORD_FILE = "moments.npy", "masks.npy", "record.json"
 ENCODE_BATCH = 32
+VERSION = 1
+"""Of what moments are; another one where the way from an image to them changes."""
 
 
 @dataclass(frozen=True)
@@ -95,29 +99,37 @@ def cache_moments(root: Path, rows: Any, images: Images, codec: Codec, device: t
 
     Its name is a hash of all that they depend on: codec and weights, data, augmentation and seed. `moments.npy` is
     `(N, variants, m, h, w)` float32; `masks.npy`, where there are masks, is `(N, variants, 1, h, w)`, 1 where a lesion touches the place.
-    The folder appears when it is complete.
+    The folder appears when it is complete. Raises InputError where there is no room for it.
     """
+    augmented = images.augment != Augmentation(label_channels=images.augment.label_channels)
     record = {
+        "version": VERSION,
         "codec": codec.to_dict(),
-        "weights": _weights_hash(codec),
-        "fingerprint": images.data.fingerprint,
-        "rows": hashlib.sha256("\n".join(column(rows, "key").to_pylist()).encode()).hexdigest(),
-        "resolution": images.data.resolution,
-        "intensity": images.data.intensity,
-        "augmentation": asdict(images.augment) if variants > 1 else None,
+        "autoencoder": _autoencoder_hash(codec),
+        "data": images.data.to_dict(),
+        "rows": {name: _column_hash(rows, name) for name in ("key", "intensity_range", *(["mask"] if masks else []))},
+        "augmentation": asdict(images.augment) | {"seed": seed} if augmented else None,
         "variants": variants,
-        "seed": seed if variants > 1 else None,
-        "masks": masks,
     }
     folder = root / hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
     if not (folder / RECORD_FILE).is_file():
         root.mkdir(parents=True, exist_ok=True)
-        made = partial_folder(folder)
-        _compute(made, rows, images, codec, device, variants, seed, masks)
-        (made / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        made.replace(folder)
+        with TemporaryDirectory(dir=root, prefix=".", ignore_cleanup_errors=True) as parent:
+            made = Path(parent) / folder.name
+            made.mkdir()
+            _compute(made, rows, images, codec, device, variants, seed, masks)
+            (made / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
+            _publish(made, folder)
     return folder
+
+
+def _publish(made: Path, folder: Path) -> None:
+    """Rename; where another process was faster, its folder is as good."""
+    try:
+        made.replace(folder)
+    except OSError:
+        if not (folder / RECORD_FILE).is_file():
+            raise
 
 
 @torch.no_grad()
@@ -135,8 +147,7 @@ def _compute(folder: Path, rows: Any, images: Images, codec: Codec, device: torc
                 parts[MASKS_FILE] = adaptive_max_pool2d((lesions != 0).float(), parts[MOMENTS_FILE].shape[-2:])
             for name, values in parts.items():
                 if name not in files:
-                    shape = (len(rows), variants, *values.shape[1:])
-                    files[name] = np.lib.format.open_memmap(folder / name, "w+", np.float32, shape)
+                    files[name] = _open(folder / name, (len(rows), variants, *values.shape[1:]))
                 files[name][numbers, variant] = values.cpu().numpy()
             bar.update(len(numbers))
     bar.close()
@@ -144,11 +155,35 @@ def _compute(folder: Path, rows: Any, images: Images, codec: Codec, device: torc
         file.flush()
 
 
-def _weights_hash(codec: Codec) -> str:
-    """Over the autoencoder's weights; of a codec that learns nothing, over nothing. The scale of its latents is applied when drawn."""
+def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A new array on disk; raises InputError where there is no room for it."""
+    needed, free = 4 * math.prod(shape), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise InputError(
+            f"the moments need {needed / 1e9:.3g} GB and {path.parent.parent.parent} has {free / 1e9:.3g}: set HF_HOME to another disk, "
+            "or leave --cache_latents away"
+        )
+    return np.lib.format.open_memmap(path, "w+", np.float32, shape)
+
+
+def _column_hash(rows: Any, name: str) -> str | None:
+    """Over a column's values; None where there is no such column."""
+    if name not in rows.column_names:
+        return None
     digest = hashlib.sha256()
+    for value in column(rows, name):
+        digest.update(repr(value.as_py()).encode())
+    return digest.hexdigest()
+
+
+def _autoencoder_hash(codec: Codec) -> str | None:
+    """Over weights and shape; the scale of its latents, which is applied when they are drawn, does not count."""
     vae = getattr(codec, "vae", None)
-    for name, value in sorted(vae.state_dict().items()) if vae is not None else ():
+    if vae is None:
+        return None
+    shape = {name: value for name, value in vae.config.items() if name not in SCALES and not name.startswith("_")}
+    digest = hashlib.sha256(repr((sorted(shape.items()), getattr(vae, "use_tiling", False))).encode())
+    for name, value in sorted(vae.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -68,7 +68,13 @@ class HeldOutImages:
 def quick_numbers(held_out: HeldOutImages, again: torch.Tensor) -> dict[str, float]:
     """Mean absolute error of a range of 2, PSNR in dB and SSIM of reconstructions."""
     error = (again - held_out.unit).abs().mean().item()
-    return {"l1": error, "psnr": psnr(again, held_out.unit).mean().item(), "ssim": ssim(again, held_out.unit).mean().item()}
+    return {"l1": error, "psnr": mean_psnr(again, held_out.unit), "ssim": ssim(again, held_out.unit).mean().item()}
+
+
+def mean_psnr(again: torch.Tensor, images: torch.Tensor) -> float | None:
+    """In dB, over images that are not reproduced exactly (an empty slice may be, which is infinitely good); None without any."""
+    values = psnr(again, images)
+    return values[values.isfinite()].mean().item() if values.isfinite().any() else None
 
 
 def full_numbers(held_out: HeldOutImages, again: torch.Tensor, codec: LearnedCodec, train: torch.Tensor) -> dict[str, Any]:
@@ -81,7 +87,7 @@ def full_numbers(held_out: HeldOutImages, again: torch.Tensor, codec: LearnedCod
     numbers = {"split": held_out.split, "n": len(unit)} | quick_numbers(held_out, again)
     numbers |= {
         "ms_ssim": ms_ssim(again, unit).mean().item(),
-        "linear_psnr": psnr(linear, unit).mean().item(),
+        "linear_psnr": mean_psnr(linear, unit),
         "linear_ssim": ssim(linear, unit).mean().item(),
         "perceptual": _mean_distance(distance, again, unit),
         "sharpness": sharpness(again, unit),

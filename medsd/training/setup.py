@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,20 @@ from medsd.runtime import use_all_cores
 from medsd.training.checkpoint import TrainState, find_checkpoint, trained_parameters
 
 EMA_DECAY = 0.999
+LONGEST_WAIT = timedelta(hours=12)
+"""For another process, which may look at held-out images or encode a whole data set meanwhile."""
 
 
 def build_accelerator(mixed_precision: str, accumulation: int, seed: int) -> Any:
     """An Accelerator, with weights' initialisation seeded; raises InputError for fp16 without a GPU."""
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import InitProcessGroupKwargs, set_seed
 
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--mixed_precision fp16 needs a GPU: use bf16 or no")
     set_seed(seed)
-    accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation)
+    patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+    accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation, kwargs_handlers=[patient])
     use_all_cores(accelerator)
     return accelerator
 
