@@ -80,9 +80,12 @@ def main() -> None:
         dataset_name=chosen.dataset_name,
         output_dir=str(chosen.work / "conditional"),
         pretrained_model_name_or_path=str(start),
-        learning_rate=5e-4,
+        learning_rate=1e-3,
+        snr_gamma=5.0,
         cache_latents=True,
         max_train_steps=chosen.steps,
+        validation_steps=1000,
+        checkpointing_steps=0,
         report_to="none",
         overwrite=True,
     )

@@ -16,7 +16,8 @@ from medsd.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from medsd.inference.pipeline import ClassifyOutput, MedSDPipeline
+    from medsd.inference.pipeline import MedSDPipeline
+    from medsd.inference.scoring import ClassifyOutput
 
 
 def main(config: ClassifyConfig) -> None:

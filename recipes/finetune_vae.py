@@ -236,13 +236,13 @@ def save(config: FinetuneVAEConfig, codec: "LearnedCodec", info: "DataInfo", ima
 
 def look(held_out: "HeldOutImages", codec: "LearnedCodec", record: "RunRecord", step: int, write: Callable[[str], None]) -> None:
     """Held-out error, and images above their reconstructions."""
-    from medsd.training.reconstruction import quick_numbers, sheet
+    from medsd.training.reconstruction import decibel, quick_numbers, sheet
 
     again = held_out.reconstructed(codec)
     numbers = quick_numbers(held_out, again)
-    record.log(step, **{f"{held_out.split}_{name}": value for name, value in numbers.items()})
+    record.log(step, **{f"{held_out.split}_{name}": value for name, value in numbers.items() if value is not None})
     record.picture(step, "preview", sheet(held_out, again))
-    said = f"L1 {numbers['l1']:.4f} of a range of 2, PSNR {numbers['psnr']:.2f} dB, SSIM {numbers['ssim']:.4f}"
+    said = f"L1 {numbers['l1']:.4f} of a range of 2, PSNR {decibel(numbers['psnr'])}, SSIM {numbers['ssim']:.4f}"
     write(f"step {step}: {held_out.split} {said}")
 
 

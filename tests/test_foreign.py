@@ -103,7 +103,7 @@ def test_an_unconditional_folder_becomes_conditional_without_a_jump(unconditiona
         assert (still.unet(x, timesteps, still.encode_prompts(still.data.prompts)).sample - before).abs().max() <= 1e-6
         same_x = x[:1].expand(6, -1, -1, -1)
         classes = moved.unet(same_x, timesteps[:1].expand(6), moved.encode_prompts(moved.data.prompts)).sample
-    assert (classes[0] - classes[1]).abs().max() > 1e-5
+    assert (classes[0] - classes[1]).abs().max() > 1e-4
     with pytest.raises(InputError, match="can only be trained in full"):
         train(phantom_data, tmp_path / "lora", pretrained_model_name_or_path=str(unconditional), rank=2)
 

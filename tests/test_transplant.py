@@ -19,7 +19,7 @@ from diffusers import (
 from medsd.errors import InputError
 from medsd.models.conditioning import adopt_words, build_text_encoder, build_tokenizer, encode, tokenize
 from medsd.models.presets import PRESETS
-from medsd.models.transplant import check_exact, is_unconditional, load_unconditional, transplant
+from medsd.models.transplant import check_exact, is_unconditional, listen, load_unconditional, transplant
 
 DIM = 12
 TWO = {
@@ -335,3 +335,22 @@ def test_tokenizers_that_pad_with_another_token_are_refused():
     ):
         with pytest.raises(InputError, match="pads with !"):
             act()
+
+
+@torch.no_grad()
+def test_classes_are_told_apart_by_what_is_not_common_to_them():
+    """Prompts share most of what they say, so their pooled conditions point the same way until that is taken away."""
+    torch.manual_seed(0)
+    conditions = torch.randn(1, 16, DIM) + 0.1 * torch.randn(4, 16, DIM)
+    unet = transplant(UNet2DModel(**TWO), DIM)
+    x, times = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    before, pooling = unet(x, times, conditions[:2]).sample, unet.add_embedding
+
+    def likeness():
+        said = pooling.proj(pooling.pool(pooling.norm1(conditions)))
+        return torch.nn.functional.cosine_similarity(said[0] - said[0].mean(), said[1] - said[1].mean(), dim=0)
+
+    first = likeness()
+    listen(unet, conditions)
+    assert first > 0.9 and likeness() < 0.5
+    assert torch.equal(unet(x, times, conditions[:2]).sample, before)

@@ -82,7 +82,7 @@ def _first_text_encoder(width: int, class_embedding: torch.Tensor | None) -> tup
     return encoder, tokenizer
 
 
-def unheard_text_encoder(tokenizer: CLIPTokenizer, before: CLIPTextModel) -> CLIPTextModel:
+def renewed_text_encoder(before: CLIPTextModel, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """A small text encoder with random weights for the words of `tokenizer`, whose last layer is that of the one before."""
     encoder = build_text_encoder(replace(PRESETS["small"], text_width=before.config.hidden_size), tokenizer)
     _last_norm(encoder).load_state_dict(_last_norm(before).state_dict())

@@ -4,76 +4,45 @@ Images are `(C, H, W)` in the source's own unit at the door and `[-1, 1]` inside
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 
 from medsd.data.dataset import DataInfo
-from medsd.data.files import pixels_of
-from medsd.data.geometry import fit_square
-from medsd.data.intensity import Range, label_channels
+from medsd.data.intensity import Range
 from medsd.data.prompts import class_words
-from medsd.data.transforms import to_unit
 from medsd.errors import InputError
 from medsd.inference import folder as folders
+from medsd.inference.finetuning import FineTuningMixin, preset_tokenizer
 from medsd.inference.folder import PipelineInfo
-from medsd.inference.foreign import ForeignModel, check_local, is_foreign, load_foreign, unheard_text_encoder
-from medsd.inference.likelihood import Calibration, fit_calibration, make_plan, posterior, score_classes
+from medsd.inference.foreign import ForeignModel, check_local, is_foreign, load_foreign
 from medsd.inference.pictures import picture
+from medsd.inference.scoring import ENCODE_BATCH, ScoringMixin
 from medsd.models.autoencoders import load_vae
-from medsd.models.channels import adapt_unet, adapt_vae
 from medsd.models.codec import Codec, PixelCodec, build_codec, codec_of, is_sd_shaped
 from medsd.models.conditioning import (
     add_class_tokens,
-    adopt_words,
     build_text_encoder,
-    build_tokenizer,
     encode,
-    longest,
-    plain_words,
-    replace_tokens,
     set_embeddings,
     tokenize,
 )
 from medsd.models.lora import lora_layers
-from medsd.models.presets import BETAS, LEARNED_VARIANCE, PRESETS, SD_SCHEDULE
-from medsd.models.unet import build_unet, check_side
+from medsd.models.presets import LEARNED_VARIANCE, PRESETS, SD_SCHEDULE
+from medsd.models.unet import build_unet
 from medsd.runtime import partial_folder
 
-ENCODE_BATCH = 32
 FOREIGN_DATA = {"intensity": Range(0.0, 255.0).to_dict(), "resize": "pad", "unit": "grey value", "fingerprint": ""}
 
 
-@dataclass(frozen=True)
-class ClassifyOutput:
-    """Of N images and K classes."""
-
-    predictions: list[str]
-    """Class names (prompts, where the folder has no classes)."""
-    probabilities: np.ndarray
-    """`(N, K)`, rows sum to 1."""
-    calibrated: bool
-    """Whether a temperature and class bias stand behind the probabilities; without, they are far too sure."""
-    log_likelihoods: np.ndarray
-    """`(N, K)` nats, up to a constant per image."""
-    standard_errors: np.ndarray
-    """`(N, K)` nats, of the difference to the leading class."""
-    pairs: np.ndarray
-    """`(N, K)` (timestep, noise) pairs spent."""
-    rows: np.ndarray
-    """`(N,)` UNet rows spent."""
-
-
-class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
+class MedSDPipeline(ScoringMixin, FineTuningMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
     """Text encoder, UNet, scheduler and codec, with what `medsd.json` records of classes and intensities.
 
     Args:
@@ -116,96 +85,6 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
     def noise_schedule(self) -> DDPMScheduler:
         """The forward process that the model was trained on, whatever scheduler generates."""
         return DDPMScheduler.from_config(self.scheduler.config)
-
-    def adopt(self, data: DataInfo) -> None:
-        """Take over a data set: its classes as tokens and prompts, its intensity map and its resolution.
-
-        Raises InputError where channels, resolution or prompts do not fit the model.
-        """
-        codec = build_codec(self.info.codec | {"image_channels": data.channels}, self.vae)
-        if codec.latent_channels != self.unet.config.in_channels:
-            raise InputError(
-                f"images of {data.channels} channels make latents of {codec.latent_channels}, this UNet takes "
-                f"{self.unet.config.in_channels}: add --adapt_channels, start from a --preset, or prepare the channels it was trained on"
-            )
-        codec.check_side(data.resolution)
-        check_side(data.resolution // codec.factor, len(self.unet.config.block_out_channels))
-        add_class_tokens(self.tokenizer, self.text_encoder, {token: class_words(token) for token in data.class_tokens})
-        tokenize(self.tokenizer, data.prompts or [""])
-        self.unet.register_to_config(sample_size=data.resolution // codec.factor)
-        self.info = replace(self.info, data=data, codec=codec.to_dict(), calibration=None)
-
-    @property
-    def reads_prompts(self) -> bool:
-        """Whether prompts mean something to it: not to a model that was trained without classes."""
-        return bool(self.class_names) if self.info.data is not None else self.info.reads_prompts
-
-    @property
-    def learns_variance(self) -> bool:
-        """Whether the UNet also predicts the variance of each denoising step."""
-        return self.unet.config.out_channels == 2 * self.unet.config.in_channels
-
-    def learn_words(self, data: DataInfo, prompts: Sequence[str]) -> None:
-        """Give a model that knows no prompts those of `data` and `prompts`, which change no prediction until training tells them apart.
-
-        A foreign model does not listen to its text encoder yet, which may therefore say anything; one of ours hears the empty prompt.
-        """
-        others, most = [prompt for prompt in prompts if prompt not in data.prompts], self.tokenizer.model_max_length
-        tokenizer = _preset_tokenizer(data, others, most)
-        if self.info.data is None:
-            self.register_modules(text_encoder=unheard_text_encoder(tokenizer, self.text_encoder))
-        else:
-            adopt_words(self.text_encoder, self.tokenizer, tokenizer)
-        self.register_modules(tokenizer=tokenizer)
-        self.info = replace(self.info, reads_prompts=False)
-
-    def adapt_channels(self, data: DataInfo) -> None:
-        """Make codec (and UNet, in pixels) fit the channels of `data`; see `medsd.models.channels`."""
-        labels, codec = label_channels(data.intensity_map, data.image_channels), self.codec
-        if self.vae is not None and self.vae.config.in_channels != data.channels:
-            adapt_vae(self.vae, data.channels, labels)
-            self.info = replace(self.info, own_vae=True)
-        elif self.vae is None and codec.image_channels != data.channels:
-            adapt_unet(self.unet, codec.image_channels, data.channels, labels)
-        self.info = replace(self.info, codec=codec.to_dict() | {"image_channels": data.channels})
-
-    def replace_vae(self, vae: Any) -> None:
-        """Take another autoencoder; a LoRA folder then holds it, too."""
-        if self.vae is None:
-            latents = {name: SD_SCHEDULE[name] for name in ("clip_sample", "steps_offset", "set_alpha_to_one")}
-            self.scheduler = type(self.scheduler).from_config(self.scheduler.config, **latents)
-        self.register_modules(vae=vae)
-        self.info = replace(self.info, own_vae=True, codec=codec_of(vae, vae.config.in_channels).to_dict())
-
-    def change_schedule(self, **changes: Any) -> None:
-        """Replace settings of the noise schedule (`prediction_type`, `beta_schedule`, `rescale_betas_zero_snr`); None keeps one.
-
-        Raises InputError where the signal is to vanish at the last timestep and noise is predicted, which says nothing there.
-        """
-        wanted = {name: value for name, value in changes.items() if value is not None}
-        wanted |= BETAS.get(wanted.get("beta_schedule"), {})
-        if wanted.get("rescale_betas_zero_snr"):
-            # Lin et al. (2024), section 3.3: sampling has to begin at the last timestep.
-            wanted["timestep_spacing"] = "trailing"
-        if "beta_schedule" in wanted:
-            wanted["trained_betas"] = None
-        if wanted:
-            # Other schedulers, such as Stable Diffusion's own PNDM, would leave some of these out without a word.
-            kind = DDPMScheduler if self.learns_variance else DDIMScheduler
-            self.scheduler = kind.from_config(self.scheduler.config, **wanted)
-        if self.scheduler.config.get("rescale_betas_zero_snr") and self.scheduler.config.prediction_type == "epsilon":
-            raise InputError("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: pure noise tells nothing of eps")
-
-    def record_base(self, base: str, revision: str | None) -> None:
-        """Note the model that this pipeline's adapters belong to."""
-        self.info = replace(self.info, base=folders.describe_base(base, revision))
-
-    def merge_lora(self) -> None:
-        """Add the adapters to the UNet's weights, which are whole and trainable then."""
-        self.fuse_lora()
-        self.unload_lora_weights()
-        self.unet.requires_grad_(True)
-        self.info = replace(self.info, base=None)
 
     # Generation
 
@@ -292,121 +171,6 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
             raise InputError(f'output_type "{output_type}" is none of latent, {", ".join(views)}')
         return views[output_type]()
 
-    # Classification
-
-    @torch.no_grad()
-    def classify(
-        self,
-        images: Sequence[np.ndarray | Image.Image],
-        prompts: Sequence[str] | None = None,
-        mode: str = "posterior",
-        weighting: str = "uniform",
-        max_pairs: int = 64,
-        delta: float = 0.05,
-        prior: np.ndarray | None = None,
-        batch_size: int = 64,
-        seed: int = 0,
-        progress: Callable[[int], None] = lambda rows: None,
-        ranges: np.ndarray | None = None,
-    ) -> ClassifyOutput:
-        """Class probabilities of images by the Diffusion Classifier (Li et al., ICCV 2023).
-
-        Args:
-            images: arrays `(C, H, W)` in the source's unit (see `medsd.read_image`), or PIL images.
-            prompts: one per class, instead of the pipeline's own classes.
-            mode, weighting, max_pairs, delta, batch_size, seed, progress: see `medsd.inference.likelihood`.
-            prior: class prior `(K,)`; default uniform.
-            ranges: see `encode_images`.
-
-        Raises InputError for fewer than two classes, for findings that can hold together, or images that do not fit.
-        """
-        if prompts is None and self.data.multi_label:
-            raise InputError(
-                "several findings can hold in one image, and such sets are not scored yet: give prompts=[...] that exclude "
-                "each other, or generate images by finding"
-            )
-        names, prompts = (self.class_names, self.data.prompts) if prompts is None else (list(prompts), list(prompts))
-        if len(prompts) < 2:
-            raise InputError(f"{len(prompts)} classes: classification needs two or more; give prompts=[...]")
-        calibration = self.info.calibration if names == self.class_names and weighting == "uniform" else None
-        latents = self.encode_images(images, ranges)
-        plan = make_plan(self.noise_schedule, max_pairs, tuple(latents.shape[1:]), weighting, seed)
-        conditions = self.encode_prompts(prompts)
-        scores = score_classes(
-            self._predict, self.noise_schedule, latents, conditions, plan, mode, delta, calibration, prior, batch_size, progress
-        )
-        probabilities = posterior(scores.log_likelihoods, calibration, prior)
-        predictions = [names[index] for index in probabilities.argmax(1)]
-        return ClassifyOutput(predictions, probabilities, calibration is not None, **vars(scores), rows=scores.rows)
-
-    def _predict(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """The UNet in its own precision, without a variance that it may have learned."""
-        return self.unet(x_t.to(self.unet.dtype), timesteps, condition.to(self.unet.dtype)).sample[:, : x_t.shape[1]]
-
-    def calibrate(
-        self,
-        images: Sequence[np.ndarray | Image.Image],
-        labels: Sequence[str | int],
-        max_pairs: int = 64,
-        batch_size: int = 64,
-        seed: int = 0,
-        progress: Callable[[int], None] = lambda rows: None,
-        ranges: np.ndarray | None = None,
-    ) -> Calibration:
-        """Fit temperature and class bias on labelled held-out images, with all pairs and uniform weights.
-
-        They are kept in `medsd.json` and used by `classify`. `labels` are class names or indices, `ranges` as in
-        `encode_images`. Raises InputError for an unknown class and for a class without an image.
-        """
-        indices = np.array([self._class_index(label) for label in labels])
-        missing = sorted(set(range(len(self.class_names))) - set(indices.tolist()))
-        if missing:
-            raise InputError(f"no image of {self.class_names[missing[0]]} to calibrate on: add some, or do without calibration")
-        output = self.classify(images, mode="full", max_pairs=max_pairs, batch_size=batch_size, seed=seed, progress=progress, ranges=ranges)
-        calibration = fit_calibration(output.log_likelihoods, indices)
-        self.info = replace(self.info, calibration=calibration)
-        return calibration
-
-    def _class_index(self, label: str | int) -> int:
-        if label in self.class_names:
-            return self.class_names.index(label)
-        if isinstance(label, int | np.integer) and 0 <= label < len(self.class_names):
-            return int(label)
-        raise InputError(f'unknown class "{label}"; this pipeline knows {", ".join(self.class_names) or "none"}')
-
-    @torch.no_grad()
-    def encode_images(self, images: Sequence[np.ndarray | Image.Image], ranges: np.ndarray | None = None) -> torch.Tensor:
-        """Latents `(N, c, h, w)` of images in the source's unit, brought to the model's resolution.
-
-        `ranges` `(N, C, 2)`, low and high of each channel, are for an intensity map that is recorded per image; without them
-        each image is measured.
-        """
-        if not len(images):
-            raise InputError("no image to encode")
-        if ranges is not None and len(ranges) != len(images):
-            raise InputError(f"{len(ranges)} ranges for {len(images)} images: one per image is expected")
-        fitted, device = [self._fit(image) for image in images], self._execution_device
-        latents = []
-        for start in range(0, len(fitted), ENCODE_BATCH):
-            part = slice(start, start + ENCODE_BATCH)
-            batch = torch.from_numpy(np.stack(fitted[part]).astype(np.float32)).to(device)
-            own = None if ranges is None else torch.as_tensor(ranges[part], dtype=torch.float32, device=device)
-            latents.append(self.codec.encode(to_unit(batch, self.data.intensity_map, own)))
-        return torch.cat(latents)
-
-    def _fit(self, image: np.ndarray | Image.Image) -> np.ndarray:
-        pixels = pixels_of(image) if isinstance(image, Image.Image) else np.asarray(image)
-        expected, data = self.data.image_channels, self.data
-        if pixels.ndim != 3:
-            raise InputError(f"an image of shape {pixels.shape}; (channels, height, width) is expected, as medsd.read_image gives")
-        if len(pixels) == 1 and expected == 3:
-            pixels = pixels.repeat(3, 0)
-        if len(pixels) != expected:
-            raise InputError(f"an image of {len(pixels)} channels; this pipeline was trained on images of {expected}")
-        grey = expected - label_channels(data.intensity_map, expected)
-        parts = [(pixels[:grey], False), (pixels[grey:], True)]
-        return np.concatenate([fit_square(part, data.resolution, data.resize, nearest)[0] for part, nearest in parts if len(part)])
-
     # Folders
 
     @classmethod
@@ -429,7 +193,7 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         preset = PRESETS[name]
         codec = PixelCodec(data.channels, pixel_factor, pixel_mean, pixel_std) if vae is None else codec_of(vae, data.channels)
         codec.check_side(data.resolution)
-        tokenizer = _preset_tokenizer(data, [prompt for prompt in prompts if prompt not in data.prompts], preset.text_tokens)
+        tokenizer = preset_tokenizer(data, [prompt for prompt in prompts if prompt not in data.prompts], preset.text_tokens)
         pipe = cls(
             vae=vae,
             text_encoder=build_text_encoder(preset, tokenizer),
@@ -532,12 +296,3 @@ class MedSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
 def takes_variance(scheduler: Any) -> bool:
     """Whether a scheduler's step wants the UNet's variance behind its prediction."""
     return isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in {"learned", "learned_range"}
-
-
-def _preset_tokenizer(data: DataInfo, others: Sequence[str], max_tokens: int) -> Any:
-    """A tokenizer for the class prompts and `others`, of `max_tokens` or as many as the longest of them needs."""
-    words = dict(zip(data.class_tokens, data.class_names, strict=True)) if data.class_tokens else {}
-    known = plain_words([replace_tokens(prompt, words) for prompt in others])
-    tokenizer = build_tokenizer([*data.with_words().prompts, *known], max_tokens)
-    tokenizer.model_max_length = max(max_tokens, longest(tokenizer, [*data.prompts, *others], data.class_tokens))
-    return tokenizer

@@ -1,7 +1,8 @@
 """Transplanting: an unconditional `UNet2DModel` becomes a `UNet2DConditionModel` that starts from the very same prediction.
 
 The prompt enters through the time embedding, as classes do in Dhariwal & Nichol (2021): diffusers' `addition_embed_type="text"`
-pools the condition, and its last scale and offset start at zero, so that it adds nothing at first and learns from there.
+pools the condition, and its last scale and offset start at zero, so that it adds nothing at first. From there alone it would hardly learn:
+prompts differ in few tokens, and pooling leaves little of that. So `listen` first takes away what all classes' prompts say.
 
 `UNet2DConditionModel` has no middle block of (resnet, attention, resnet). So the middle's first resnet and its attention become
 one more layer of the coarsest down level, and only its last resnet stays. That layer hands a skip connection to the first up
@@ -62,7 +63,6 @@ def transplant(source: UNet2DModel, cross_attention_dim: int) -> UNet2DCondition
 
     It is a plain diffusers model in float32, on the source's device, with copies of the source's weights; what is new draws from
     torch's global generator. Train all of it: with the new layers frozen, as LoRA has them, it never takes notice of the condition.
-    The text encoder must tell prompts apart (no `adopt_words`): two zeros in a row would hardly learn.
 
     Raises InputError where a setting of `source` has no counterpart.
     """
@@ -72,6 +72,18 @@ def transplant(source: UNet2DModel, cross_attention_dim: int) -> UNet2DCondition
     unet.load_state_dict(unet.state_dict() | weights)
     _silence(unet, weights.keys())
     return unet.to(source.device).train(source.training)
+
+
+@torch.no_grad()
+def listen(unet: UNet2DConditionModel, conditions: torch.Tensor) -> None:
+    """Tell these conditions `(K, tokens, dim)` apart, in a transplanted UNet, by what each says beyond their mean.
+
+    The offset of the pooled condition takes the mean away, and the norm behind it enlarges what is left. Nothing is predicted
+    otherwise before the norm's scale has learned.
+    """
+    pooling = unet.add_embedding
+    said = pooling.proj(pooling.pool(pooling.norm1(conditions.to(unet.device))))
+    pooling.proj.bias.sub_(said.mean(0))
 
 
 def check_exact(config: Any) -> None:

@@ -1,5 +1,6 @@
 """Held-out images through a codec: numbers, and a sheet to look at."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ from medsd.objectives.perceptual import PerceptualDistance, RandomFeatures
 OTHER_FILTERS = 1
 """Seed of the features that held-out images are compared in: not those that a codec is trained in."""
 SHEET_COLUMNS = 8
+FEW = 16
+"""Images that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,17 @@ class HeldOutImages:
         return reconstruct(codec, self.unit, codec.vae.device)
 
 
-def quick_numbers(held_out: HeldOutImages, again: torch.Tensor) -> dict[str, float]:
+def quick_numbers(held_out: HeldOutImages, again: torch.Tensor) -> dict[str, float | None]:
     """Mean absolute error of a range of 2, PSNR in dB and SSIM of reconstructions."""
     error = (again - held_out.unit).abs().mean().item()
-    return {"l1": error, "psnr": mean_psnr(again, held_out.unit), "ssim": ssim(again, held_out.unit).mean().item()}
+    return {"l1": error, "psnr": mean_psnr(again, held_out.unit), "ssim": mean_of(ssim, again, held_out.unit)}
+
+
+@torch.no_grad()
+def mean_of(measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], again: torch.Tensor, images: torch.Tensor) -> float:
+    """Mean over images of a measure `(B,)`, taken a few images at a time."""
+    parts = zip(again.split(FEW), images.split(FEW), strict=True)
+    return torch.cat([measure(ours, theirs) for ours, theirs in parts]).mean().item()
 
 
 def mean_psnr(again: torch.Tensor, images: torch.Tensor) -> float | None:
@@ -86,10 +96,10 @@ def full_numbers(held_out: HeldOutImages, again: torch.Tensor, codec: LearnedCod
     distance = PerceptualDistance(RandomFeatures(OTHER_FILTERS))
     numbers = {"split": held_out.split, "n": len(unit)} | quick_numbers(held_out, again)
     numbers |= {
-        "ms_ssim": ms_ssim(again, unit).mean().item(),
+        "ms_ssim": mean_of(ms_ssim, again, unit),
         "linear_psnr": mean_psnr(linear, unit),
-        "linear_ssim": ssim(linear, unit).mean().item(),
-        "perceptual": _mean_distance(distance, again, unit),
+        "linear_ssim": mean_of(ssim, linear, unit),
+        "perceptual": mean_of(distance, again, unit),
         "sharpness": sharpness(again, unit),
         "latent_std": latent_std(codec, unit),
     }
@@ -107,7 +117,7 @@ def full_numbers(held_out: HeldOutImages, again: torch.Tensor, codec: LearnedCod
 def latent_std(codec: LearnedCodec, images: torch.Tensor) -> float:
     """Standard deviation of latents that are drawn for images `(N, C, H, W)` in `[-1, 1]`; 1 is what the UNet expects."""
     generator, device = torch.Generator().manual_seed(0), codec.vae.device
-    return torch.cat([codec.encode(part.to(device), generator).cpu() for part in images.split(16)]).std().item()
+    return torch.cat([codec.encode(part.to(device), generator).cpu() for part in images.split(FEW)]).std().item()
 
 
 def hounsfield_errors(held_out: HeldOutImages, again: torch.Tensor) -> dict[str, float]:
@@ -134,12 +144,17 @@ def sheet(held_out: HeldOutImages, again: torch.Tensor, numbers: dict[str, Any] 
     return captioned(pictures, described(numbers)) if numbers else pictures
 
 
+def decibel(value: float | None) -> str:
+    """`"31.20 dB"`; None is an image that comes back exactly."""
+    return "infinite" if value is None else f"{value:.2f} dB"
+
+
 def described(numbers: dict[str, Any]) -> list[str]:
     """Lines of text for a reader."""
     lines = [
         f"{numbers['n']} {numbers['split']} images: "
-        f"PSNR {numbers['psnr']:.2f} dB, SSIM {numbers['ssim']:.4f}, MS-SSIM {numbers['ms_ssim']:.4f}",
-        f"linear codec (patch PCA) of the same size: PSNR {numbers['linear_psnr']:.2f} dB, SSIM {numbers['linear_ssim']:.4f}",
+        f"PSNR {decibel(numbers['psnr'])}, SSIM {numbers['ssim']:.4f}, MS-SSIM {numbers['ms_ssim']:.4f}",
+        f"linear codec (patch PCA) of the same size: PSNR {decibel(numbers['linear_psnr'])}, SSIM {numbers['linear_ssim']:.4f}",
         f"sharpness {numbers['sharpness']:.2f}, standard deviation of latents {numbers['latent_std']:.3f}",
     ]
     if "codebook_perplexity" in numbers:
@@ -150,11 +165,6 @@ def described(numbers: dict[str, Any]) -> list[str]:
     for size, row in numbers.get("lesions", {}).items():
         lines.append(f"lesions of {size}: {row['n']}, half of the contrast kept in {row['half_kept']:.0%}, median {row['kept']:.0%}")
     return lines
-
-
-def _mean_distance(distance: PerceptualDistance, again: torch.Tensor, images: torch.Tensor) -> float:
-    parts = zip(again.split(16), images.split(16), strict=True)
-    return torch.cat([distance(ours, theirs) for ours, theirs in parts]).mean().item()
 
 
 def _small_masks(masks: torch.Tensor | None, resolution: int) -> torch.Tensor | None:
