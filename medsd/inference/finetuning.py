@@ -83,6 +83,7 @@ class FineTuningMixin:
         else:
             adopt_words(self.text_encoder, self.tokenizer, tokenizer)
         self.register_modules(tokenizer=tokenizer)
+        add_class_tokens(tokenizer, self.text_encoder, {token: class_words(token) for token in data.class_tokens})
         if self.info.data is None and self.unet.config.addition_embed_type == "text":
             listen(self.unet, encode(self.text_encoder, tokenize(tokenizer, data.prompts)))
         self.info = replace(self.info, reads_prompts=False)
