@@ -158,7 +158,7 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path, scans, decoded):
 def test_memory_does_not_grow_with_the_collection(tmp_path):
     few, many = (measure_memory(tmp_path, count) for count in (500, 5000))
     assert many[0] - few[0] < 4500 * 12 / 1024, "12 KiB a file in the parent, of 140 in the files"
-    assert many[1] < 1.1 * few[1]
+    assert many[1] - few[1] < 128, "MiB: a full shard and its compressed copy, which only the larger set has, of 600 in the files"
 
 
 def test_a_corrected_table_counts_after_a_refusal(scans, tmp_path, decoded):
