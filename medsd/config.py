@@ -269,39 +269,56 @@ class TrainingConfig(RecipeConfig):
 
 
 @dataclass
-class FinetuneUNetConfig(TrainingConfig):
+class FinetuneConfig(TrainingConfig):
+    """What fine-tuning a UNet and fine-tuning an autoencoder share: where the model comes from, and how much of it learns."""
+
+    pretrained_model_name_or_path: str | None = None
+    """Folder, Hub id or single file to start from: a medsd run, Stable Diffusion 1.x / 2.x, an unconditional model, an autoencoder alone."""
+    revision: str | None = None
+    """Revision of a Hub id."""
+    preset: Literal["tiny", "small", "sd15"] | None = None
+    """Size of a model that starts from random weights. Default without a pretrained one: tiny."""
+    adapt_channels: bool = False
+    """Make a pretrained model of another number of image channels fit the data; exact for one channel."""
+    rank: int | None = None
+    """Train LoRA adapters of this rank instead of all weights (an autoencoder's are merged into it at the end)."""
+    lora_alpha: int | None = None
+    """Scale of the LoRA adapters. Default: the rank."""
+    enable_vae_slicing: bool = False
+    """Encode and decode image by image: less memory."""
+    enable_vae_tiling: bool = False
+    """Encode and decode large images tile by tile: less memory, with faint seams. Large is above the autoencoder's sample_size (512)."""
+
+    def check(self) -> None:
+        """And the rules of this recipe."""
+        super().check()
+        if self.pretrained_model_name_or_path and self.preset:
+            raise InputError("--pretrained_model_name_or_path and --preset exclude each other: drop one")
+        for field in ("rank", "adapt_channels", "revision"):
+            if getattr(self, field) and self.pretrained_model_name_or_path is None:
+                raise InputError(f"--{field} is for a pretrained model: give --pretrained_model_name_or_path")
+        if self.lora_alpha is not None and self.rank is None:
+            raise InputError("--lora_alpha belongs to --rank: give both")
+
+
+@dataclass
+class FinetuneUNetConfig(FinetuneConfig):
     """Fine-tune (or train from a preset) a class-conditional diffusion UNet."""
 
     section: ClassVar[str] = "finetune_unet"
 
     output_dir: str = "runs/{name}/unet"
     """Folder of the pipeline that comes out."""
-    pretrained_model_name_or_path: str | None = None
-    """Pipeline folder, Hub id or single file to start from: a medsd run, Stable Diffusion 1.x / 2.x, or an unconditional model."""
-    revision: str | None = None
-    """Revision of a Hub id."""
-    preset: Literal["tiny", "small", "sd15"] | None = None
-    """Size of a model that starts from random weights. Default without a pretrained one: tiny."""
     vae: str | None = None
     """Folder, Hub id or single file of an autoencoder, for a preset or in place of the pretrained model's own."""
     codec: Literal["kl", "vq", "pixels"] | None = None
     """kl, vq: latents of an AutoencoderKL or VQModel; pixels: space-to-depth. Default: the VAE's where there is one, else pixels."""
     pixel_factor: int | None = None
     """Side of the pixel block that becomes channels (codec pixels); 1 for plain pixel diffusion. Default: 4."""
-    adapt_channels: bool = False
-    """Make a pretrained model of another number of image channels fit the data; exact for one channel."""
     cache_latents: bool = False
     """Encode each image once and keep the moments of its latents on disk (in HF_HOME/medsd); each step still draws latents anew."""
     cached_augmentations: int | None = None
     """With cache_latents and augmentation: in how many augmented versions each image is kept."""
-    enable_vae_slicing: bool = False
-    """Encode and decode image by image: less memory."""
-    enable_vae_tiling: bool = False
-    """Encode and decode large images tile by tile: less memory, with faint seams. Large is above the autoencoder's sample_size."""
-    rank: int | None = None
-    """Train LoRA adapters of this rank instead of the whole UNet."""
-    lora_alpha: int | None = None
-    """Scale of the LoRA adapters. Default: the rank."""
     train_text_encoder: bool = False
     """Train a pretrained text encoder in full; otherwise only its class tokens learn. A preset's always trains."""
     class_tokens: Literal["auto", "words"] = "auto"
@@ -341,14 +358,8 @@ class FinetuneUNetConfig(TrainingConfig):
     def check(self) -> None:
         """And the rules of this recipe."""
         super().check()
-        if self.pretrained_model_name_or_path and self.preset:
-            raise InputError("--pretrained_model_name_or_path and --preset exclude each other: drop one")
-        if self.rank and self.pretrained_model_name_or_path is None:
-            raise InputError("--rank adapts a pretrained model: give --pretrained_model_name_or_path")
         if self.codec == "kl" and self.pretrained_model_name_or_path is None and self.vae is None:
             raise InputError("--codec kl from a preset needs --vae FOLDER, which recipes/finetune_vae.py trains")
-        if self.lora_alpha is not None and self.rank is None:
-            raise InputError("--lora_alpha belongs to --rank: give both")
         if self.pixel_factor is not None and (self.vae or self.pretrained_model_name_or_path):
             raise InputError("--pixel_factor is for a --preset without --vae; a pretrained model keeps its own codec")
         if self.codec == "pixels" and (self.vae or self.pretrained_model_name_or_path):
@@ -371,9 +382,6 @@ class FinetuneUNetConfig(TrainingConfig):
             raise InputError("--learned_variance is for a --preset in pixels: leave it away (a pretrained model keeps its own output)")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise InputError("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: pure noise tells nothing of eps")
-        for field in ("adapt_channels", "revision"):
-            if getattr(self, field) and self.pretrained_model_name_or_path is None:
-                raise InputError(f"--{field} is for a pretrained model: give --pretrained_model_name_or_path")
         for field in ("cache_latents", "enable_vae_slicing", "enable_vae_tiling"):
             if getattr(self, field) and self.vae is None and self.pretrained_model_name_or_path is None:
                 raise InputError(f"--{field} is for an autoencoder, and pixels have none: give --vae, or leave it away")
@@ -393,27 +401,15 @@ class FinetuneUNetConfig(TrainingConfig):
 
 
 @dataclass
-class FinetuneVAEConfig(TrainingConfig):
+class FinetuneVAEConfig(FinetuneConfig):
     """Fine-tune an AutoencoderKL or VQModel, or train one from a preset."""
 
     section: ClassVar[str] = "finetune_vae"
 
     output_dir: str = "runs/{name}/vae"
     """Folder of the autoencoder that comes out."""
-    pretrained_model_name_or_path: str | None = None
-    """Folder, Hub id or single file to start from: an autoencoder, or a pipeline that has one."""
-    revision: str | None = None
-    """Revision of a Hub id."""
-    preset: Literal["tiny", "small", "sd15"] | None = None
-    """Size of an autoencoder that starts from random weights. Default without a pretrained one: tiny."""
     codec: Literal["kl", "vq"] | None = None
     """kl: AutoencoderKL; vq: VQModel, with a codebook. Default: the pretrained one's kind, else kl."""
-    adapt_channels: bool = False
-    """Make a pretrained autoencoder of another number of channels fit the images; exact for one channel."""
-    rank: int | None = None
-    """Train LoRA adapters of this rank, merged into the weights at the end, instead of all weights."""
-    lora_alpha: int | None = None
-    """Scale of the LoRA adapters. Default: the rank."""
     loss_type: Literal["l1", "l2", "huber"] = "l1"
     """Element-wise loss of the reconstruction; huber is quadratic below an error of 1."""
     kl_weight: float = 1e-6
@@ -430,10 +426,6 @@ class FinetuneVAEConfig(TrainingConfig):
     """Update at which the discriminator joins. Default: half of max_train_steps, where there is a gan_weight."""
     decoder_only: bool = False
     """Train the decoder alone, so that latents keep their meaning for a pretrained UNet."""
-    enable_vae_slicing: bool = False
-    """Encode and decode image by image: less memory."""
-    enable_vae_tiling: bool = False
-    """Encode and decode large images tile by tile: less memory, with faint seams. Large is above the autoencoder's sample_size (512)."""
 
     @property
     def discriminator(self) -> tuple[float, int] | None:
@@ -446,14 +438,8 @@ class FinetuneVAEConfig(TrainingConfig):
     def check(self) -> None:
         """And the rules of this recipe."""
         super().check()
-        pretrained = self.pretrained_model_name_or_path
-        if pretrained and self.preset:
-            raise InputError("--pretrained_model_name_or_path and --preset exclude each other: drop one")
-        for field in ("decoder_only", "rank", "adapt_channels", "revision"):
-            if getattr(self, field) and pretrained is None:
-                raise InputError(f"--{field} is for a pretrained autoencoder: give --pretrained_model_name_or_path")
-        if self.lora_alpha is not None and self.rank is None:
-            raise InputError("--lora_alpha belongs to --rank: give both")
+        if self.decoder_only and self.pretrained_model_name_or_path is None:
+            raise InputError("--decoder_only keeps a pretrained encoder: give --pretrained_model_name_or_path")
         if self.perceptual_model is not None and self.perceptual_weight == 0:
             raise InputError("--perceptual_model belongs to a --perceptual_weight above 0: give both")
         if self.gan_weight == 0 and self.gan_start is not None:
