@@ -20,9 +20,10 @@ from medsd.objectives.diffusion import denoising_error
 from recipes import finetune_unet
 
 BATCH = 16
+UNCONDITIONAL_STEPS = 3000
 
 
-def train_unconditional(dataset: str, vae_folder: str, folder: Path, steps: int) -> None:
+def train_unconditional(dataset: str, vae_folder: str, folder: Path) -> None:
     """An LDMPipeline folder: a plain diffusers model, trained on latents without a condition."""
     torch.manual_seed(0)
     data, vae = load_info(dataset), load_vae(vae_folder)
@@ -41,7 +42,7 @@ def train_unconditional(dataset: str, vae_folder: str, folder: Path, steps: int)
     )
     schedule = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=5e-4, weight_decay=0.0)
-    for _ in (bar := trange(steps, desc="unconditional")):
+    for _ in (bar := trange(UNCONDITIONAL_STEPS, desc="unconditional")):
         chosen = latents[torch.randint(len(latents), (BATCH,))]
         times = torch.randint(0, 1000, (BATCH,))
         loss = denoising_error(lambda x, t, _: unet(x, t), schedule, chosen, torch.randn_like(chosen), times, None).mean()
@@ -70,11 +71,11 @@ def main() -> None:
     flags.add_argument("--vae", required=True)
     flags.add_argument("--dataset_name", required=True)
     flags.add_argument("--work", type=Path, required=True)
-    flags.add_argument("--steps", type=int, default=3000)
+    flags.add_argument("--steps", type=int, default=4000, help="updates that make it conditional")
     chosen = flags.parse_args()
     start = chosen.work / "unconditional"
     if not start.is_dir():
-        train_unconditional(chosen.dataset_name, chosen.vae, start, chosen.steps)
+        train_unconditional(chosen.dataset_name, chosen.vae, start)
     print(f"RESULT largest difference at step 0: {largest_difference(start):.1e} of the largest value", flush=True)
     config = FinetuneUNetConfig(
         dataset_name=chosen.dataset_name,

@@ -20,14 +20,12 @@ from medsd.models.conditioning import (
     add_class_tokens,
     adopt_words,
     build_tokenizer,
-    encode,
     longest,
     plain_words,
     replace_tokens,
     tokenize,
 )
 from medsd.models.presets import BETAS, SD_SCHEDULE
-from medsd.models.transplant import listen
 from medsd.models.unet import check_side
 
 
@@ -84,8 +82,6 @@ class FineTuningMixin:
             adopt_words(self.text_encoder, self.tokenizer, tokenizer)
         self.register_modules(tokenizer=tokenizer)
         add_class_tokens(tokenizer, self.text_encoder, {token: class_words(token) for token in data.class_tokens})
-        if self.info.data is None and self.unet.config.addition_embed_type == "text":
-            listen(self.unet, encode(self.text_encoder, tokenize(tokenizer, data.prompts)))
         self.info = replace(self.info, reads_prompts=False)
 
     def adapt_channels(self, data: DataInfo) -> None:

@@ -1,12 +1,12 @@
 """Transplanting: an unconditional `UNet2DModel` becomes a `UNet2DConditionModel` that starts from the very same prediction.
 
-The prompt enters through the time embedding, as classes do in Dhariwal & Nichol (2021): diffusers' `addition_embed_type="text"`
-pools the condition, and its last scale and offset start at zero, so that it adds nothing at first. From there alone it would hardly learn:
-prompts differ in few tokens, and pooling leaves little of that. So `listen` first takes away what all classes' prompts say.
+The prompt enters by cross-attention, as in latent diffusion (Rombach et al., 2022, section 3.3): in the middle, and at each level whose
+source has no attention. Each such block adds to what passes by it, and its last layer starts at zero, so that it adds nothing at first.
+It does not attend to the image, which at the fine levels of a model of pixels would cost too much.
 
 `UNet2DConditionModel` has no middle block of (resnet, attention, resnet). So the middle's first resnet and its attention become
-one more layer of the coarsest down level, and only its last resnet stays. That layer hands a skip connection to the first up
-level, which gets one more layer that passes its input through.
+one more layer of the coarsest down level; its last resnet stays, before the cross-attention and a resnet that adds nothing. The extra layer
+hands a skip connection to the first up level, which gets one more layer that passes its input through.
 """
 
 import json
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
 from medsd.errors import InputError
@@ -43,7 +45,6 @@ KEPT = (
     "time_embedding_dim",
     "freq_shift",
     "flip_sin_to_cos",
-    "up_block_types",
     "block_out_channels",
     "downsample_padding",
     "dropout",
@@ -53,16 +54,22 @@ KEPT = (
     "resnet_time_scale_shift",
 )
 """Settings that mean the same in both classes."""
+LAST = {ResnetBlock2D: "conv2", Transformer2DModel: "proj_out", Attention: "to_out.0"}
+"""Blocks that add to their input -> the layer that says what."""
 PIPELINES = {"DDPMPipeline", "DDIMPipeline", "LDMPipeline"}
-POOLING_WIDTH = 64
-"""Width of a head that pools the condition."""
+HEARING = {"DownBlock2D": "CrossAttnDownBlock2D", "UpBlock2D": "CrossAttnUpBlock2D"}
+"""Levels without attention -> the same with cross-attention."""
+HEADS = 8
+"""Of the cross-attention, where the source's heads have no width of their own."""
+NARROWEST = 4
+"""Width of a head below which a level gets no cross-attention."""
 
 
 def transplant(source: UNet2DModel, cross_attention_dim: int) -> UNet2DConditionModel:
     """A UNet conditioned on `(B, tokens, cross_attention_dim)` which for any condition predicts what `source` does.
 
     It is a plain diffusers model in float32, on the source's device, with copies of the source's weights; what is new draws from
-    torch's global generator. Train all of it: with the new layers frozen, as LoRA has them, it never takes notice of the condition.
+    torch's global generator, so all of it has to be trained.
 
     Raises InputError where a setting of `source` has no counterpart.
     """
@@ -74,18 +81,6 @@ def transplant(source: UNet2DModel, cross_attention_dim: int) -> UNet2DCondition
     return unet.to(source.device).train(source.training)
 
 
-@torch.no_grad()
-def listen(unet: UNet2DConditionModel, conditions: torch.Tensor) -> None:
-    """Tell these conditions `(K, tokens, dim)` apart, in a transplanted UNet, by what each says beyond their mean.
-
-    The offset of the pooled condition takes the mean away, and the norm behind it enlarges what is left. Nothing is predicted
-    otherwise before the norm's scale has learned.
-    """
-    pooling = unet.add_embedding
-    said = pooling.proj(pooling.pool(pooling.norm1(conditions.to(unet.device))))
-    pooling.proj.bias.sub_(said.mean(0))
-
-
 def check_exact(config: Any) -> None:
     """Raise InputError for a setting of a `UNet2DModel` that a `UNet2DConditionModel` cannot reproduce exactly."""
     for name, values in EXACT.items():
@@ -94,6 +89,9 @@ def check_exact(config: Any) -> None:
     for name, types in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
         if not types.issuperset(config[name]):
             _refuse(name, ", ".join(config[name]), sorted(types))
+    widths = config.block_out_channels
+    if config.attention_head_dim is None and "Attn" in config.up_block_types[-1] and widths[0] != widths[-1]:
+        _refuse("attention_head_dim", "None and attention at the finest level going up", ["a number"])
     if config.add_attention and _middle_groups(config) != config.norm_num_groups:
         _refuse("attn_norm_num_groups", config.attn_norm_num_groups, [config.norm_num_groups])
 
@@ -111,19 +109,37 @@ def _middle_groups(config: Any) -> int | None:
 
 
 def _settings(config: Any, cross_attention_dim: int) -> dict[str, Any]:
-    levels, layers = len(config.block_out_channels), config.layers_per_block
-    coarsest = "AttnDownBlock2D" if config.add_attention else config.down_block_types[-1]
-    # One None per level is one head of the level's own width, as a single None is in UNet2DModel.
-    head_width = (None,) * levels if config.attention_head_dim is None else config.attention_head_dim
+    widths, layers, heads = config.block_out_channels, config.layers_per_block, _heads(config)
+    hears = [number is not None and width // number >= NARROWEST for number, width in zip(heads, widths, strict=True)]
     return {name: config[name] for name in KEPT} | {
-        "down_block_types": (*config.down_block_types[:-1], coarsest),
-        "mid_block_type": "UNetMidBlock2D",
-        "layers_per_block": (*(layers,) * (levels - 1), layers + 1),
-        "attention_head_dim": head_width,
+        "down_block_types": tuple(map(_with_attention, _down_types(config), hears)),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": tuple(map(_with_attention, config.up_block_types, reversed(hears))),
+        "layers_per_block": (*(layers,) * (len(widths) - 1), layers + 1),
+        "attention_head_dim": heads,
+        "only_cross_attention": True,
         "cross_attention_dim": cross_attention_dim,
-        "addition_embed_type": "text",
-        "addition_embed_type_num_heads": 1 if cross_attention_dim % POOLING_WIDTH else cross_attention_dim // POOLING_WIDTH,
     }
+
+
+def _heads(config: Any) -> tuple[int | None, ...]:
+    """Per level, one number that diffusers reads twice: the width of a head of the source's attention, and how many cross-attention has.
+
+    Going up, the source's attention reads it in the opposite order. None is one head as wide as the level.
+    """
+    if config.attention_head_dim is not None:
+        return (config.attention_head_dim,) * len(config.block_out_channels)
+    pairs = zip(_down_types(config), config.up_block_types, strict=True)
+    heads = [None if any("Attn" in kind for kind in pair) else HEADS for pair in pairs]
+    return (*heads[:-1], heads[-1] or config.block_out_channels[-1])
+
+
+def _down_types(config: Any) -> tuple[str, ...]:
+    return (*config.down_block_types[:-1], "AttnDownBlock2D" if config.add_attention else config.down_block_types[-1])
+
+
+def _with_attention(kind: str, hears: bool) -> str:
+    return HEARING.get(kind, kind) if hears else kind
 
 
 def _new_name(name: str, config: Any) -> str:
@@ -142,15 +158,19 @@ def _next_layer(kind: str, index: str) -> str:
 
 @torch.no_grad()
 def _silence(unet: UNet2DConditionModel, known: Collection[str]) -> None:
-    """Make every layer that has no weight in `known` pass its input through, or add zero; each still gets a gradient."""
-    passing = unet.up_blocks[0].resnets[0]
-    new = [
-        module.to_out[0] for name, module in unet.named_modules() if isinstance(module, Attention) and f"{name}.to_q.weight" not in known
-    ]
-    for layer in (unet.add_embedding.norm2, passing.conv2, passing.conv_shortcut, *new):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    nn.init.dirac_(passing.conv_shortcut.weight)
+    """Make every block without a weight in `known` add zero to its input; its last layer still gets a gradient."""
+    for name, block in unet.named_modules():
+        # What lies in a transformer is behind its own last layer.
+        if type(block) in LAST and "transformer_blocks" not in name and not any(weight.startswith(f"{name}.") for weight in known):
+            _zero(block.get_submodule(LAST[type(block)]))
+    shortcut = unet.up_blocks[0].resnets[0].conv_shortcut
+    _zero(shortcut)
+    nn.init.dirac_(shortcut.weight)
+
+
+def _zero(layer: Any) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 def is_unconditional(name: str) -> bool:
