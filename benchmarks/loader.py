@@ -33,6 +33,7 @@ from medsd.data.intensity import parse_windows
 from medsd.data.transforms import TrainingOrder, TrainingRows, row_classes, to_unit, training_loader
 from medsd.objectives.diffusion import denoising_error
 from medsd.objectives.timesteps import UniformTimesteps
+from medsd.training.fitting import adopt
 from medsd.training.setup import batches
 
 ROWS, SIDE, BATCH, ROWS_PER_SHARD, PASSES = 2000, 256, 16, 1000, 5
@@ -112,7 +113,7 @@ def steps(folder: Path, count: int) -> Iterator[tuple[float, float]]:
     """Seconds (waiting for the batch, whole step) of `count` training steps after one to warm up."""
     info, accelerator = load_info(folder), Accelerator()
     pipe = MedSDPipeline.from_preset("small", info).to(accelerator.device)
-    pipe.adopt(info)
+    adopt(pipe, info)
     condition = pipe.encode_prompts(info.prompts[:1]).detach().repeat(BATCH, 1, 1)
     optimizer = torch.optim.AdamW(pipe.unet.parameters(), fused=True)
     rows = load_dataset(folder, "train")

@@ -11,16 +11,17 @@ from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel
 from tqdm import trange
 
 from medsd import MedSDPipeline
-from medsd.config import FinetuneUNetConfig
+from medsd.config import ClassifyConfig, FinetuneUNetConfig
 from medsd.data.dataset import load_dataset, load_info
 from medsd.data.transforms import sample_images
 from medsd.models.autoencoders import load_vae
 from medsd.models.codec import codec_of
 from medsd.objectives.diffusion import denoising_error
-from recipes import finetune_unet
+from recipes import classify, finetune_unet
 
 BATCH = 16
 UNCONDITIONAL_STEPS = 3000
+TEST_IMAGES = 200
 
 
 def train_unconditional(dataset: str, vae_folder: str, folder: Path) -> None:
@@ -91,6 +92,15 @@ def main() -> None:
         overwrite=True,
     )
     finetune_unet.main(config)
+    scored = ClassifyConfig(
+        pipeline=config.output_dir,
+        dataset_name=chosen.dataset_name,
+        output_dir=str(chosen.work / "scores"),
+        calibrate="none",
+        max_samples=TEST_IMAGES,
+        overwrite=True,
+    )
+    classify.main(scored)
 
 
 if __name__ == "__main__":

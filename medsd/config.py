@@ -180,7 +180,8 @@ class TrainingConfig(RecipeConfig):
     max_train_steps: int = 3500
     """Optimizer updates."""
     learning_rate: float | None = None
-    """Peak learning rate. Default: 1e-3 from a preset, 1e-4 for LoRA, 1e-5 when a pretrained model is trained in full."""
+    """Peak learning rate. Default: 1e-3 from a preset, 1e-4 for LoRA and for a model that has yet to learn what prompts mean, 1e-5 when
+    another pretrained model is trained in full."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls after the warm-up."""
     lr_warmup_steps: int = 100
@@ -348,8 +349,8 @@ class FinetuneUNetConfig(FinetuneConfig):
     lesion_weight: float = 1.0
     """How often a place within a lesion's mask counts, against one outside."""
     snr_gamma: float | None = None
-    """Min-SNR-gamma loss weights (Hang et al., 2023); 0 for none. Default: 20 from a preset, none for a pretrained model and with
-    learned_variance."""
+    """Min-SNR-gamma loss weights (Hang et al., 2023); 0 for none. Default: 20 from a preset, none for a pretrained model, with
+    learned_variance and with rescale_betas_zero_snr (where the signal is gone, the weight is 0, and nothing is learnt)."""
     proportion_empty_prompts: float = 0.1
     """Share of training images whose prompt is dropped, so that guidance works."""
     class_sampling: Literal["natural", "balanced", "sqrt"] = "natural"

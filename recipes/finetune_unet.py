@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 def main(config: FinetuneUNetConfig) -> None:
     """Build the pipeline, train it, and leave a pipeline folder."""
+    from medsd.data.dataset import load_dataset
     from medsd.data.intensity import label_channels
+    from medsd.data.transforms import sample_rows
     from medsd.runtime import check_output, quiet_libraries
     from medsd.training.checkpoint import find_checkpoint
     from medsd.training.record import RunRecord
@@ -46,9 +48,11 @@ def main(config: FinetuneUNetConfig) -> None:
     pipe = build_pipeline(config, info)
     if config.use_8bit_adam:
         eight_bit_adam()
+    rows = sample_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples, config.seed)
+    source = build_source(config, accelerator, pipe, rows)
     clear_output(accelerator, output_dir, config.overwrite)
     with RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard") as record:
-        train(config, accelerator, pipe, record)
+        train(config, accelerator, pipe, rows, source, record)
     if config.push_to_hub and accelerator.is_main_process:
         print("pushed to", pipe.push_to_hub(config.hub_model_id, private=config.hub_private_repo))
     folder, data = shlex.quote(str(output_dir)), shlex.quote(config.dataset_name)
@@ -62,13 +66,10 @@ def main(config: FinetuneUNetConfig) -> None:
 def data_info(config: FinetuneUNetConfig) -> "DataInfo":
     """`medsd.json` of the data as it is trained on; the default data set, the phantom, is made where it is not there yet."""
     from medsd.data.dataset import load_info
-    from medsd.data.prepare import PHANTOM_RESOLUTION, PrepareOptions, prepare_phantom
+    from medsd.data.prepare import prepare_default
     from medsd.data.transforms import at_resolution
 
-    default = FinetuneUNetConfig().dataset_name
-    if config.dataset_name == default and not Path(default).exists():
-        print(f"making the phantom, a procedural head CT, in {default}")
-        prepare_phantom(Path(default), PrepareOptions(PHANTOM_RESOLUTION))
+    prepare_default(config.dataset_name, FinetuneUNetConfig().dataset_name)
     info = at_resolution(load_info(config.dataset_name), config.resolution)
     if config.unconditional:
         return info.without_classes()
@@ -82,6 +83,7 @@ def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeli
     from medsd.models.autoencoders import save_memory
     from medsd.models.conditioning import tokenize
     from medsd.models.unet import enable_xformers
+    from medsd.training.fitting import adopt, change_schedule
     from medsd.training.prompts import row_prompts
 
     seen = {"train", *available_splits(config.dataset_name)} - {"test"}
@@ -96,14 +98,17 @@ def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeli
     if pipe.vae is not None:
         save_memory(pipe.vae, config.enable_vae_slicing, config.enable_vae_tiling)
     pipe.set_progress_bar_config(disable=True)
-    pipe.change_schedule(
+    change_schedule(
+        pipe,
         prediction_type=config.prediction_type,
         beta_schedule=config.beta_schedule,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr or None,
     )
-    pipe.adopt(info)
+    adopt(pipe, info)
     tokenize(pipe.tokenizer, prompts)
     masked = "mask" in rows["train"].column_names or label_channels(info.intensity_map, info.image_channels)
+    if config.snr_gamma and pipe.learns_variance:
+        raise InputError(f"--snr_gamma {config.snr_gamma}: this model learns a variance, whose bound has weights of its own; leave it away")
     if config.lesion_weight != 1 and not masked:
         raise InputError(f"--lesion_weight {config.lesion_weight}: {config.dataset_name} has no masks; prepare it with --mask_column")
     if config.cache_latents and pipe.codec.kind == "pixels":
@@ -132,24 +137,25 @@ def start_from_pretrained(config: FinetuneUNetConfig, info: "DataInfo", prompts:
 
     from medsd.models.autoencoders import load_vae
     from medsd.models.codec import same_latents
+    from medsd.training.fitting import adapt_channels, learn_words, record_base, replace_vae
 
     pipe = load_base(config)
     if config.vae is not None:
         before, vae = pipe.vae, load_vae(config.vae)
-        pipe.replace_vae(vae)
+        replace_vae(pipe, vae)
         if before is None or not same_latents(before, vae):
             remedy = ": leave --rank away, or train the VAE with --decoder_only" if config.rank else ", as it is now"
             PartialState().print(
                 f"warning: {config.vae} makes other latents than those this UNet was trained on, so it must be trained in full{remedy}"
             )
     if config.adapt_channels:
-        pipe.adapt_channels(info)
+        adapt_channels(pipe, info)
     if not pipe.reads_prompts and info.class_names:
-        pipe.learn_words(info, prompts)
+        learn_words(pipe, info, prompts)
     if config.rank and not pipe.info.reads_prompts:
         raise InputError(f"{config.pretrained_model_name_or_path} is unconditional and can only be trained in full: leave --rank away")
     if config.rank:
-        pipe.record_base(config.pretrained_model_name_or_path, config.revision)
+        record_base(pipe, config.pretrained_model_name_or_path, config.revision)
     return pipe
 
 
@@ -180,9 +186,10 @@ def choose_trained(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> dict[st
     return {"unet": pipe.unet, "text_encoder": pipe.text_encoder} if learns else {"unet": pipe.unet}
 
 
-def default_snr_gamma(config: FinetuneUNetConfig) -> float | None:
-    """20 from random weights, none for a pretrained model or a learned variance, and none for 0."""
-    plain = config.pretrained_model_name_or_path is not None or config.learned_variance
+def default_snr_gamma(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> float | None:
+    """20 from random weights, and none for a pretrained model, a learned variance, zero terminal SNR (whose weight is 0), and for 0."""
+    vanishes = pipe.scheduler.config.get("rescale_betas_zero_snr")
+    plain = config.pretrained_model_name_or_path is not None or pipe.learns_variance or vanishes
     wanted = config.snr_gamma if config.snr_gamma is not None else 20.0 * (not plain)
     return wanted or None
 
@@ -195,7 +202,7 @@ def default_learning_rate(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> 
 
 
 def build_source(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPipeline", rows: Any) -> "LatentSource":
-    """Where latents come from: the codec at every step, or its moments on disk."""
+    """Where latents come from: the codec at every step, or its moments on disk, which are computed now if they are not there yet."""
     from medsd.data.intensity import label_channels
     from medsd.data.transforms import Augmentation
     from medsd.runtime import cache_folder
@@ -206,6 +213,7 @@ def build_source(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "
     images = Images(data, Augmentation(**config.augmentation(), label_channels=labels))
     if not config.cache_latents:
         return EncodedLatents(images, codec, config.lesion_weight)
+    pipe.vae.to(device)
     with accelerator.local_main_process_first():
         weighted, variants = config.lesion_weight != 1, config.cached_augmentations or 1
         folder = cache_moments(cache_folder("moments"), rows, images, codec, device, variants, config.seed, weighted)
@@ -213,10 +221,11 @@ def build_source(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "
     return CachedLatents(folder, codec, device, config.lesion_weight)
 
 
-def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPipeline", record: "RunRecord") -> None:
-    """Train `pipe` in place and save it to the run's folder."""
-    from medsd.data.dataset import load_dataset
-    from medsd.data.transforms import TrainingRows, row_classes, sample_rows
+def train(
+    config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPipeline", rows: Any, source: "LatentSource", record: "RunRecord"
+) -> None:
+    """Train `pipe` in place on `rows` of the data set, whose latents `source` gives, and save it to the run's folder."""
+    from medsd.data.transforms import TrainingRows, row_classes
     from medsd.models.conditioning import drop_prompts, encode_chosen, tokenize
     from medsd.models.unet import attention_kernel
     from medsd.objectives.diffusion import denoising_error, draw_noise, draw_perturbation, elementwise_loss, hybrid_error, min_snr_weight
@@ -230,10 +239,8 @@ def train(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPi
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     pipe.to(accelerator.device)
-    rows = sample_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples, config.seed)
-    source = build_source(config, accelerator, pipe, rows)
     state, networks = start(accelerator, modules, Optimisation(**config.optimisation(default_learning_rate(config, pipe))))
-    schedule, snr_gamma = pipe.noise_schedule, default_snr_gamma(config)
+    schedule, snr_gamma = pipe.noise_schedule, default_snr_gamma(config, pipe)
     sampler = timestep_sampler(config.timestep_sampling, schedule.config.num_train_timesteps)
     state.memory["timesteps"] = sampler.state
     done = resume(state, record.folder, config.resume_from_checkpoint)

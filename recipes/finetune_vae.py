@@ -38,6 +38,7 @@ LOOK_IMAGES = 32
 def main(config: FinetuneVAEConfig) -> None:
     """Build the autoencoder, train it, and leave a folder that `AutoencoderKL.from_pretrained` (or VQModel) loads."""
     from medsd.data.dataset import load_info
+    from medsd.data.prepare import prepare_default
     from medsd.data.transforms import at_resolution
     from medsd.models.autoencoders import recompute_activations, save_memory
     from medsd.models.codec import codec_of
@@ -53,6 +54,8 @@ def main(config: FinetuneVAEConfig) -> None:
         check_output(output_dir, config.overwrite, [config.pretrained_model_name_or_path, config.dataset_name])
     find_checkpoint(output_dir, config.resume_from_checkpoint)
     accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed)
+    with accelerator.main_process_first():
+        prepare_default(config.dataset_name, FinetuneVAEConfig().dataset_name)
     info = at_resolution(load_info(config.dataset_name), config.resolution)
     vae = build_autoencoder(config, info)
     codec = codec_of(vae, info.channels)

@@ -191,6 +191,15 @@ def test_a_mask_channel_disturbs_nothing_and_can_learn():
     assert masked.encoder.conv_in.weight.grad[:, 1].abs().max() > 0 and masked.decoder.conv_out.weight.grad[1].abs().max() > 0
 
 
+def test_an_autoencoder_of_unlike_channels_takes_no_others():
+    """Grey repeated into a mask's channel would come out as the mean of image and mask."""
+    for channels in (2, 5):
+        with pytest.raises(InputError, match="do not fit"):
+            codec_of(autoencoder(channels=channels), 1)
+        with pytest.raises(InputError, match=f"this one has {channels}"):
+            adapt_vae(autoencoder(channels=channels), 1)
+
+
 # What learns
 
 
@@ -324,6 +333,17 @@ def test_a_vision_model_of_transformers_serves_as_features(tmp_path):
     assert again.grad.abs().max() > 0 and not any(weight.requires_grad for weight in distance.parameters())
     with pytest.raises(InputError, match="--perceptual_model"):
         perceptual_distance(str(tmp_path))
+
+
+def test_a_vision_model_of_large_images_looks_at_smaller_ones(tmp_path):
+    """Each channel is a plane, so the 518 px of DINOv2 would be more than memory holds."""
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=448, patch_size=32)
+    ViTModel(config).save_pretrained(tmp_path / "vit")
+    distance = perceptual_distance(str(tmp_path / "vit"))
+    assert [tuple(state.shape) for state in distance.features(images(side=64))] == [(3, 32, 1 + 7 * 7)] * 2
+    assert distance(images(side=64), images(side=64)).tolist() == pytest.approx([0] * 3)
 
 
 def test_the_discriminator_learns_from_its_loss_and_not_from_deception():

@@ -129,6 +129,10 @@ def test_kinds_channels_and_perceptual_models_that_do_not_fit(phantom_data, tmp_
         with pytest.raises(InputError, match=message):
             train(phantom_data, tmp_path / "vae", **flags)
         assert not (tmp_path / "vae").exists()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"_class_name": "Auto')
+    with pytest.raises(InputError, match="is damaged"):
+        train(phantom_data, tmp_path / "vae", pretrained_model_name_or_path=str(tmp_path / "broken"))
 
 
 @pytest.mark.parametrize(

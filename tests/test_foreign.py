@@ -69,6 +69,16 @@ def test_a_single_file_is_a_pipeline(stable_diffusion):
     assert np.isfinite(scores.log_likelihoods).all()
 
 
+def test_a_folder_in_half_precision_is_fine_tuned_in_full(stable_diffusion, phantom_data, tmp_path):
+    pipe = quiet(stable_diffusion)
+    pipe.to(torch.float16).save_pretrained(tmp_path / "half")
+    half = quiet(tmp_path / "half")
+    assert {half.unet.dtype, half.text_encoder.dtype} == {torch.float32}
+    assert MedSDPipeline.from_pretrained(tmp_path / "half", dtype=torch.float16).text_encoder.dtype == torch.float16
+    run = train(phantom_data, tmp_path / "unet", pretrained_model_name_or_path=str(tmp_path / "half"))
+    assert quiet(run)(class_name="epidural", num_inference_steps=2, output_type="np").images.shape[0] == 1
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_single_file_is_fine_tuned(stable_diffusion, phantom_data, tmp_path, rank):
     run = train(phantom_data, tmp_path / "unet", pretrained_model_name_or_path=str(stable_diffusion), rank=rank)

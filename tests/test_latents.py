@@ -50,6 +50,18 @@ def test_latents_from_disk_are_those_of_the_encoder(tmp_path, rows, images, code
     assert torch.equal(lesion_emphasis(batch["masks"], 3.0, 8), weights)
 
 
+def test_moments_do_not_depend_on_classes_decoder_or_scale(tmp_path, rows, images, codec):
+    folder = cache_moments(tmp_path, rows, images, codec, CPU, 1, 0, masks=False)
+    other = KLCodec(autoencoder(), 1)
+    for weight in other.vae.decoder.parameters():
+        weight.data += 1
+    other.vae.register_to_config(scaling_factor=3.0)
+    for data in (images.data.without_classes(), images.data.with_words()):
+        assert cache_moments(tmp_path, rows, Images(data, Augmentation()), other, CPU, 1, 0, masks=False) == folder
+    other.vae.quant_conv.weight.data += 1
+    assert cache_moments(tmp_path, rows, images, other, CPU, 1, 0, masks=False) != folder
+
+
 def test_latents_vary_as_the_posterior_does(tmp_path, rows, images, codec):
     """Moments are kept, not samples: a sample kept would have no variance at all between steps."""
     source = CachedLatents(cache_moments(tmp_path, rows, images, codec, CPU, 1, 0, masks=False), codec, CPU)

@@ -14,6 +14,7 @@ from medsd.data.intensity import parse_windows
 from medsd.errors import InputError
 from medsd.inference.likelihood import Calibration
 from medsd.models.codec import KLCodec, PixelCodec
+from medsd.training.fitting import adopt
 
 
 def small_vae(channels):
@@ -32,7 +33,7 @@ def pipeline(info, vae=None):
     torch.manual_seed(0)
     pipe = MedSDPipeline.from_preset("tiny", info, vae, pixel_mean=-0.5, pixel_std=0.5)
     pipe.set_progress_bar_config(disable=True)
-    pipe.adopt(info)
+    adopt(pipe, info)
     return pipe
 
 
@@ -95,9 +96,9 @@ def test_channels_that_do_not_fit_are_refused(info):
         KLCodec(small_vae(3), 2)
     three = replace(info, intensity=parse_windows(("brain", "subdural", "bone")).to_dict())
     with pytest.raises(InputError, match="start from a --preset"):
-        pipeline(info).adopt(three)
+        adopt(pipeline(info), three)
     with pytest.raises(InputError, match="--resolution"):
-        pipeline(info).adopt(replace(info, resolution=30))
+        adopt(pipeline(info), replace(info, resolution=30))
 
 
 def test_pixels_codec_is_exact():
@@ -187,7 +188,7 @@ def test_class_tokens_start_as_their_words_mean(info):
     table = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
     ids = pipe.tokenizer("two words", add_special_tokens=False).input_ids
     assert len(ids) == 2
-    pipe.adopt(replace(info, class_names=["two words"], class_tokens=["<two-words>"], prompts=["of <two-words>"]))
+    adopt(pipe, replace(info, class_names=["two words"], class_tokens=["<two-words>"], prompts=["of <two-words>"]))
     token = pipe.tokenizer.convert_tokens_to_ids("<two-words>")
     torch.testing.assert_close(pipe.text_encoder.get_input_embeddings().weight[token], table[ids].mean(0))
     assert pipe.tokenizer("of <two-words>", add_special_tokens=False).input_ids[-1] == token

@@ -21,6 +21,7 @@ from medsd.data.transforms import TrainingOrder, recorded_ranges, row_classes
 from medsd.errors import InputError
 from medsd.models import conditioning
 from medsd.training import latents, preview
+from medsd.training.fitting import adopt
 from recipes import classify, finetune_unet, generate
 
 QUICK = {
@@ -203,7 +204,7 @@ def test_a_run_goes_on_with_other_classes(phantom_data, run, tmp_path):
         prompts=["an MRI of <glioma>", "an MRI of <normal>"],
     )
     size = len(pipe.tokenizer)
-    pipe.adopt(info)
+    adopt(pipe, info)
     assert pipe.class_names == ["glioma", "normal"] and len(pipe.tokenizer) == size + 1
     pipe.save_pretrained(tmp_path / "next")
     assert MedSDPipeline.from_pretrained(tmp_path / "next").class_names == ["glioma", "normal"]

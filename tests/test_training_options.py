@@ -49,6 +49,15 @@ def test_each_option_changes_the_training(phantom_data, tmp_path, plain, flags):
     assert np.isfinite(scores.log_likelihoods).all()
 
 
+def test_zero_terminal_snr_is_learned_where_there_is_no_signal(phantom_data):
+    """There the weights of a min-SNR gamma, which is a preset's default, are 0."""
+    from recipes.finetune_unet import build_pipeline, data_info, default_snr_gamma
+
+    for flags, gamma in (({}, 20), ({"rescale_betas_zero_snr": True}, None), ({"rescale_betas_zero_snr": True, "snr_gamma": 5.0}, 5)):
+        config = FinetuneUNetConfig(dataset_name=str(phantom_data), **flags)
+        assert default_snr_gamma(config, build_pipeline(config, data_info(config))) == gamma
+
+
 def test_the_threshold_of_huber_is_heard(phantom_data, tmp_path):
     variants = [{}, {"huber_schedule": "constant"}, {"huber_c": 0.5}, {"huber_schedule": "exponential"}]
     runs = [train(phantom_data, tmp_path / str(n), loss_type="huber", validation_steps=0, **flags) for n, flags in enumerate(variants)]
@@ -67,6 +76,8 @@ def test_a_learned_variance_is_drawn_with_and_left_out_of_scores(phantom_data, t
     assert np.array_equal(scores, pipe.classify([np.zeros((1, 32, 32), np.int16)], mode="full", max_pairs=4).log_likelihoods)
     from diffusers import DDIMScheduler
 
+    with pytest.raises(InputError, match="learns a variance"):
+        train(phantom_data, tmp_path / "again", pretrained_model_name_or_path=str(run), snr_gamma=5.0)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     assert np.isfinite(pipe(class_name="epidural", num_inference_steps=3, output_type="np").images).all()
 

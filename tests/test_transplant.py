@@ -155,7 +155,11 @@ def test_transplant_leaves_its_source_alone():
 
 @pytest.mark.parametrize(
     "head_dim, down, up",
-    [(8, [True, False, False], [True, False, True]), (32, [False] * 3, [False] * 3), (None, [True, False, False], [False, False, True])],
+    [
+        (8, [True, False, False], [True, False, True]),
+        (32, [True, False, False], [False, False, True]),
+        (None, [True, False, False], [False, False, True]),
+    ],
 )
 def test_prompts_are_heard_where_the_source_has_no_attention_and_heads_are_wide_enough(head_dim, down, up):
     unet = transplant(random_source(**THREE | {"block_out_channels": (32, 64, 64), "attention_head_dim": head_dim}), DIM)

@@ -92,6 +92,13 @@ def prepare_phantom(output_dir: Path, options: PrepareOptions, source_dir: Path 
     return prepare(rows, output_dir, chosen, PHANTOM_SALT, "phantom", overwrite)
 
 
+def prepare_default(name: str, default: str) -> None:
+    """Make the phantom in the folder `default` where that is the data set's `name` and nothing is there yet."""
+    if name == default and not Path(default).exists():
+        print(f"making the phantom, a procedural head CT, in {default}")
+        prepare_phantom(Path(default), PrepareOptions(PHANTOM_RESOLUTION))
+
+
 def load_salt(path: Path | None) -> tuple[bytes, str]:
     """The person's secret for hashing ids and its name; made on first use (mode 0600)."""
     if path is not None and not path.is_file():

@@ -62,6 +62,11 @@ def _assemble(name: str, found: Parts) -> ForeignModel:
         unet.register_to_config(sample_size=UNKNOWN_SIDE)
     text_encoder, tokenizer = found.text_encoder, found.tokenizer
     if text_encoder is None:
+        if found.class_embedding is not None:
+            warnings.warn(
+                f"{name}: the last of its {len(found.class_embedding)} classes is taken for no class, as in latent diffusion of ImageNet",
+                stacklevel=2,
+            )
         text_encoder, tokenizer = _first_text_encoder(unet.config.cross_attention_dim, found.class_embedding)
     parts = {"vae": found.vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet}
     parts["scheduler"] = found.scheduler or _assumed_schedule(name)

@@ -14,13 +14,13 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, StableDif
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from transformers import CLIPTokenizer
 
 from medsd.data.dataset import DataInfo
 from medsd.data.intensity import Range
 from medsd.data.prompts import class_words
 from medsd.errors import InputError
 from medsd.inference import folder as folders
-from medsd.inference.finetuning import FineTuningMixin, preset_tokenizer
 from medsd.inference.folder import PipelineInfo
 from medsd.inference.foreign import ForeignModel, check_local, is_foreign, load_foreign
 from medsd.inference.pictures import picture
@@ -30,7 +30,11 @@ from medsd.models.codec import Codec, PixelCodec, build_codec, codec_of, is_sd_s
 from medsd.models.conditioning import (
     add_class_tokens,
     build_text_encoder,
+    build_tokenizer,
     encode,
+    longest,
+    plain_words,
+    replace_tokens,
     set_embeddings,
     tokenize,
 )
@@ -42,7 +46,7 @@ from medsd.runtime import partial_folder
 FOREIGN_DATA = {"intensity": Range(0.0, 255.0).to_dict(), "resize": "pad", "unit": "grey value", "fingerprint": ""}
 
 
-class MedSDPipeline(ScoringMixin, FineTuningMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
+class MedSDPipeline(ScoringMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
     """Text encoder, UNet, scheduler and codec, with what `medsd.json` records of classes and intensities.
 
     Args:
@@ -85,6 +89,16 @@ class MedSDPipeline(ScoringMixin, FineTuningMixin, DiffusionPipeline, StableDiff
     def noise_schedule(self) -> DDPMScheduler:
         """The forward process that the model was trained on, whatever scheduler generates."""
         return DDPMScheduler.from_config(self.scheduler.config)
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether prompts mean something to it: not to a model that was trained without classes."""
+        return bool(self.class_names) if self.info.data is not None else self.info.reads_prompts
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the UNet also predicts the variance of each denoising step."""
+        return self.unet.config.out_channels == 2 * self.unet.config.in_channels
 
     # Generation
 
@@ -223,6 +237,8 @@ class MedSDPipeline(ScoringMixin, FineTuningMixin, DiffusionPipeline, StableDiff
         if local:
             folders.check_folder(record)
         pipe = super().from_pretrained(name, use_safetensors=True, **options)
+        if options.keys().isdisjoint({"dtype", "torch_dtype"}):
+            pipe.text_encoder.float()  # transformers keeps the precision of the files, where diffusers loads float32.
         if info.codec is not None:
             pipe.info = info
         return pipe
@@ -283,6 +299,13 @@ class MedSDPipeline(ScoringMixin, FineTuningMixin, DiffusionPipeline, StableDiff
         ids = self.tokenizer.convert_tokens_to_ids(self.data.class_tokens)
         folders.write_embeddings(made, {token: table[index] for token, index in zip(self.data.class_tokens, ids, strict=True)})
 
+    def merge_lora(self) -> None:
+        """Add the adapters to the UNet's weights, which are whole and trainable then."""
+        self.fuse_lora()
+        self.unload_lora_weights()
+        self.unet.requires_grad_(True)
+        self.info = replace(self.info, base=None)
+
     def push_to_hub(self, repo_id: str, private: bool = True, revision: str | None = None, **options: Any) -> str:
         """Save to a temporary folder and upload it; returns the repository's address.
 
@@ -296,3 +319,12 @@ class MedSDPipeline(ScoringMixin, FineTuningMixin, DiffusionPipeline, StableDiff
 def takes_variance(scheduler: Any) -> bool:
     """Whether a scheduler's step wants the UNet's variance behind its prediction."""
     return isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in {"learned", "learned_range"}
+
+
+def preset_tokenizer(data: DataInfo, others: Sequence[str], max_tokens: int) -> CLIPTokenizer:
+    """A tokenizer for the class prompts and `others`, of `max_tokens` or as many as the longest of them needs."""
+    words = dict(zip(data.class_tokens, data.class_names, strict=True)) if data.class_tokens else {}
+    known = plain_words([replace_tokens(prompt, words) for prompt in others])
+    tokenizer = build_tokenizer([*data.with_words().prompts, *known], max_tokens)
+    tokenizer.model_max_length = max(max_tokens, longest(tokenizer, [*data.prompts, *others], data.class_tokens))
+    return tokenizer

@@ -122,16 +122,23 @@ def load_vae(name: str, revision: str | None = None) -> AutoencoderKL | VQModel:
 def _load_local(folder: Path) -> AutoencoderKL | VQModel:
     for subfolder in FOLDERS:
         config = folder / (subfolder or "") / "config.json"
-        kind = json.loads(config.read_text()).get("_class_name") if config.is_file() else None
+        kind = _kind(config) if config.is_file() else None
         if kind in KINDS:
             return _load(kind, str(folder), subfolder, None)
     raise InputError(f"{folder}: no AutoencoderKL or VQModel there; name a folder that finetune_vae.py wrote, or a pipeline folder")
 
 
+def _kind(config: Path) -> str | None:
+    try:
+        return json.loads(config.read_text()).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{config} is damaged: copy the folder again") from error
+
+
 def _load(kind: str, name: str, subfolder: str | None, revision: str | None) -> AutoencoderKL | VQModel:
     try:
         return KINDS[kind].from_pretrained(name, subfolder=subfolder, revision=revision, use_safetensors=True, torch_dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{name}: its {kind} has no safetensors weights that can be read ({str(error).splitlines()[0]})") from error
 
 

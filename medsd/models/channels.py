@@ -11,12 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from medsd.errors import InputError
+
 BACKGROUND = -1.0
 """Of a mask, in `[-1, 1]`."""
 
 
 def adapt_vae(vae: Any, channels: int, label_channels: int = 0) -> None:
-    """Make an `AutoencoderKL` or `VQModel` one of images with `channels`, the last `label_channels` of them labels. Its latents stay."""
+    """Make an `AutoencoderKL` or `VQModel` one of images with `channels`, the last `label_channels` of them labels. Its latents stay.
+
+    Raises InputError where it has channels that are not alike.
+    """
+    check_alike(vae.config.in_channels)
     old, new = vae.config.in_channels, (channels - label_channels, label_channels)
     vae.encoder.conv_in = adapt_input(vae.encoder.conv_in, old, *new)
     vae.decoder.conv_out = adapt_output(vae.decoder.conv_out, old, *new, background=BACKGROUND)
@@ -27,12 +33,20 @@ def adapt_unet(unet: Any, image_channels: int, channels: int, label_channels: in
     """Make a UNet of folded pixels (`PixelCodec`) of images with `image_channels` one of images with `channels`.
 
     With several channels the mean that it sees has less noise than each of them, so it has to be trained; it predicts 0 for labels.
+    Raises InputError where it has channels that are not alike.
     """
+    check_alike(image_channels)
     block, heads = unet.config.in_channels // image_channels, unet.config.out_channels // unet.config.in_channels
     new = (channels - label_channels, label_channels)
     unet.conv_in = adapt_input(unet.conv_in, image_channels, *new)
     unet.conv_out = adapt_output(unet.conv_out, image_channels, *new, heads=heads)
     unet.register_to_config(in_channels=channels * block, out_channels=channels * block * heads)
+
+
+def check_alike(channels: int) -> None:
+    """Raise InputError where channels are not grey, colour or windows of one image: modalities or a mask do not mean the same."""
+    if channels not in {1, 3}:
+        raise InputError(f"--adapt_channels is for a model of 1 or 3 channels, this one has {channels}: start from another one")
 
 
 def adapt_input(conv: nn.Conv2d, old: int, grey: int, labels: int) -> nn.Conv2d:

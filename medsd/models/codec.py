@@ -5,7 +5,6 @@ have the same interface, so nothing else asks which one it is. *Moments* are wha
 latents are drawn from them as often as wanted.
 """
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -102,10 +101,10 @@ class LearnedCodec:
         self.vae, self.image_channels = vae, image_channels
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.repeats = vae.config.in_channels // image_channels
-        if self.repeats * image_channels != vae.config.in_channels or (self.repeats > 1 and image_channels != 1):
+        if (vae.config.in_channels, image_channels) != (3, 1) and vae.config.in_channels != image_channels:
             raise InputError(
                 f"images of {image_channels} channels do not fit an autoencoder of {vae.config.in_channels}: add --adapt_channels, or "
-                f"prepare one or {vae.config.in_channels} channels (--windows, --channels)"
+                f"prepare {'1 or 3' if vae.config.in_channels == 3 else vae.config.in_channels} channels (--windows, --channels)"
             )
 
     def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -263,14 +262,13 @@ def is_sd_shaped(vae: Any) -> bool:
 
 def same_latents(one: Any, other: Any) -> bool:
     """Whether two autoencoders have the same encoder, up to channel surgery, so that latents of one mean the same to the other."""
-    own, theirs = _encoder_weights(one), _encoder_weights(other)
+    own, theirs = encoder_weights(one), encoder_weights(other)
     if one.config.in_channels != other.config.in_channels:
         own["encoder.conv_in.weight"] = adapt_input(one.encoder.conv_in, one.config.in_channels, other.config.in_channels, 0).weight.float()
     alike = own.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in own.items())
     return alike and all(one.config.get(name) == other.config.get(name) for name in SCALES)
 
 
-def _encoder_weights(vae: Any) -> dict[str, torch.Tensor]:
+def encoder_weights(vae: Any) -> dict[str, torch.Tensor]:
     """Weights that make latents, in float32 on the CPU."""
-    encoding: Sequence[str] = ("encoder.", "quant_conv.")
-    return {name: value.float().cpu() for name, value in vae.state_dict().items() if name.startswith(tuple(encoding))}
+    return {name: value.float().cpu() for name, value in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}

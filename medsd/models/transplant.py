@@ -1,8 +1,8 @@
 """Transplanting: an unconditional `UNet2DModel` becomes a `UNet2DConditionModel` that starts from the very same prediction.
 
-The prompt enters by cross-attention, as in latent diffusion (Rombach et al., 2022, section 3.3): in the middle, and at each level whose
-source has no attention. Each such block adds to what passes by it, and its last layer starts at zero, so that it adds nothing at first.
-It does not attend to the image, which at the fine levels of a model of pixels would cost too much.
+The prompt enters by cross-attention, as in latent diffusion (Rombach et al., 2022, section 3.3): in the middle, and at levels whose
+source has no attention (see `_heads`). Each such block adds to what passes by it, and its last layer starts at zero, so that it adds
+nothing at first. It does not attend to the image, which at the fine levels of a model of pixels would cost too much.
 
 `UNet2DConditionModel` has no middle block of (resnet, attention, resnet). So the middle's first resnet and its attention become
 one more layer of the coarsest down level; its last resnet stays, before the cross-attention and a resnet that adds nothing. The extra layer
@@ -60,7 +60,7 @@ PIPELINES = {"DDPMPipeline", "DDIMPipeline", "LDMPipeline"}
 HEARING = {"DownBlock2D": "CrossAttnDownBlock2D", "UpBlock2D": "CrossAttnUpBlock2D"}
 """Levels without attention -> the same with cross-attention."""
 HEADS = 8
-"""Of the cross-attention, where the source's heads have no width of their own."""
+"""Of the cross-attention at levels where the source's attention does not say another number."""
 NARROWEST = 4
 """Width of a head below which a level gets no cross-attention."""
 
@@ -125,12 +125,11 @@ def _settings(config: Any, cross_attention_dim: int) -> dict[str, Any]:
 def _heads(config: Any) -> tuple[int | None, ...]:
     """Per level, one number that diffusers reads twice: the width of a head of the source's attention, and how many cross-attention has.
 
-    Going up, the source's attention reads it in the opposite order. None is one head as wide as the level.
+    Going up, the source's attention reads it in the opposite order, so that the first level's number is also the last one's. None is one
+    head as wide as the level.
     """
-    if config.attention_head_dim is not None:
-        return (config.attention_head_dim,) * len(config.block_out_channels)
     pairs = zip(_down_types(config), config.up_block_types, strict=True)
-    heads = [None if any("Attn" in kind for kind in pair) else HEADS for pair in pairs]
+    heads = [config.attention_head_dim if any("Attn" in kind for kind in pair) else HEADS for pair in pairs]
     return (*heads[:-1], heads[-1] or config.block_out_channels[-1])
 
 
@@ -191,6 +190,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _names_unet(record: dict[str, Any]) -> bool:
     """Whether a `model_index.json` or a `config.json` is about a `UNet2DModel`."""
+    if not isinstance(record, dict):
+        return False
     return record.get("_class_name") == "UNet2DModel" or record.get("unet") == ["diffusers", "UNet2DModel"]
 
 
@@ -208,10 +209,11 @@ def load_unconditional(name: str, revision: str | None = None) -> tuple[UNet2DMo
         )
     try:
         loaded = kind.from_pretrained(name, revision=revision, use_safetensors=True)
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:
         problem = str(error).splitlines()[0]
         raise InputError(
-            f"{name}: not all weights are there as safetensors ({problem}): convert with diffusers' save_pretrained"
+            f"{name}: not all weights are there as safetensors, or they do not fit their config ({problem}): convert with diffusers' "
+            "save_pretrained, or copy the folder again"
         ) from error
     if kind is UNet2DModel:
         return loaded, None, None

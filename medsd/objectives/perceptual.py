@@ -5,6 +5,7 @@ no download: its filters are drawn once from a fixed seed. Random convolutions k
 distortions (Zhang et al., 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", section 4).
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.nn.functional import avg_pool2d, conv2d, interpolate, leaky_relu
 from medsd.errors import InputError
 
 WIDTHS = (16, 32, 64, 64)
+LARGEST_SIDE = 224
+"""Planes are enlarged or shrunk to the side that a pretrained network was trained on, or to this where that is larger (DINOv2: 518)."""
 FAINT = 0.01
 """Squared length of features below which a place counts less, so that the noise of an empty background is not made equal to edges."""
 
@@ -53,7 +56,9 @@ class PretrainedFeatures(nn.Module):
 
     def __init__(self, model: Any, mean: Sequence[float], std: Sequence[float], side: int | None) -> None:
         super().__init__()
-        self.model, self.side = model.eval().requires_grad_(False), side
+        self.model, self.side = model.eval().requires_grad_(False), side if side is None else min(side, LARGEST_SIDE)
+        interpolates = self.side != side and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self.options = {"interpolate_pos_encoding": True} if interpolates else {}
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
@@ -76,7 +81,7 @@ class PretrainedFeatures(nn.Module):
         colour = ((planes + 1) / 2 - self.mean) / self.std
         if self.side is not None and colour.shape[-1] != self.side:
             colour = interpolate(colour, (self.side, self.side), mode="bilinear", antialias=True)
-        states = self.model(pixel_values=colour, output_hidden_states=True).hidden_states
+        states = self.model(pixel_values=colour, output_hidden_states=True, **self.options).hidden_states
         return [state if state.ndim == 4 else state.movedim(1, 2) for state in states]
 
 

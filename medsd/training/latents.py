@@ -23,7 +23,7 @@ from medsd.data.dataset import DataInfo
 from medsd.data.transforms import Augmentation, TrainingRows, column, shrink, to_unit
 from medsd.errors import InputError
 from medsd.models.channels import BACKGROUND
-from medsd.models.codec import SCALES, Codec
+from medsd.models.codec import SCALES, Codec, encoder_weights
 from medsd.objectives.diffusion import lesion_emphasis
 
 Batch = dict[str, torch.Tensor]
@@ -106,7 +106,7 @@ def cache_moments(root: Path, rows: Any, images: Images, codec: Codec, device: t
         "version": VERSION,
         "codec": codec.to_dict(),
         "autoencoder": _autoencoder_hash(codec),
-        "data": images.data.to_dict(),
+        "data": {name: getattr(images.data, name) for name in ("fingerprint", "intensity", "image_channels", "resolution")},
         "rows": {name: _column_hash(rows, name) for name in ("key", "intensity_range", *(["mask"] if masks else []))},
         "augmentation": asdict(images.augment) | {"seed": seed} if augmented else None,
         "variants": variants,
@@ -177,13 +177,13 @@ def _column_hash(rows: Any, name: str) -> str | None:
 
 
 def _autoencoder_hash(codec: Codec) -> str | None:
-    """Over weights and shape; the scale of its latents, which is applied when they are drawn, does not count."""
+    """Over shape and the weights that encode; the scale of its latents, which is applied when they are drawn, does not count."""
     vae = getattr(codec, "vae", None)
     if vae is None:
         return None
     shape = {name: value for name, value in vae.config.items() if name not in SCALES and not name.startswith("_")}
     digest = hashlib.sha256(repr((sorted(shape.items()), getattr(vae, "use_tiling", False))).encode())
-    for name, value in sorted(vae.state_dict().items()):
+    for name, value in sorted(encoder_weights(vae).items()):
         digest.update(name.encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
