@@ -25,7 +25,7 @@ def main() -> None:
     flags.add_argument("--vae", required=True)
     flags.add_argument("--dataset_name", required=True)
     flags.add_argument("--work", type=Path, required=True)
-    flags.add_argument("--steps", type=int, default=800)
+    flags.add_argument("--steps", type=int, default=300)
     chosen = flags.parse_args()
     data = load_info(chosen.dataset_name)
     held_out = HeldOutImages.load(chosen.dataset_name, data, 600, "test")
