@@ -12,13 +12,20 @@ from typing import Any
 from medsd.errors import InputError
 
 MARKS = ("medsd.json", "status.json", "metrics.json", "manifest.jsonl")
+COSTLY = {
+    "data": ("a prepared data set", "prepare_data.py"),
+    "config.json": ("a trained autoencoder", "finetune_vae.py"),
+    "model_index.json": ("a trained pipeline", "finetune_unet.py"),
+    "pytorch_lora_weights.safetensors": ("a trained LoRA run", "finetune_unet.py"),
+}
+"""What can have cost a night: the file or folder that shows it -> what it is, and the one recipe that may replace it."""
 
 
-def check_output(folder: Path, overwrite: bool, inputs: Sequence[str | Path | None] = (), replaces: str = "run") -> None:
+def check_output(folder: Path, overwrite: bool, inputs: Sequence[str | Path | None] = (), recipe: str = "") -> None:
     """Raise InputError where a run may not write to `folder`; nothing is touched.
 
-    It must be empty or absent, or with `overwrite` belong to medsd and hold none of the run's `inputs`. Only a run that
-    `replaces` `"data"` may replace a prepared data set, which can have cost a night.
+    It must be empty or absent, or with `overwrite` belong to medsd and hold none of the run's `inputs`. What is `COSTLY` is replaced
+    only by the `recipe` that makes it.
     """
     if not folder.name:
         raise InputError(f"--output_dir {folder}: name a folder of its own, such as runs/mine")
@@ -31,12 +38,13 @@ def check_output(folder: Path, overwrite: bool, inputs: Sequence[str | Path | No
         hint = ", or go on with --resume_from_checkpoint latest" if any(folder.glob("checkpoint-*")) else ""
         raise InputError(f"{folder} is not empty: choose another --output_dir or add --overwrite{hint}")
     if not any((folder / mark).exists() for mark in MARKS):
-        raise InputError(f"{folder} holds files that medsd did not write, so --overwrite leaves it alone: choose another --output_dir")
-    if (folder / "data").is_dir() and replaces != "data":
-        raise InputError(f"{folder} is a prepared data set, which only prepare_data.py replaces: choose another --output_dir")
+        raise InputError(f"{folder} is not the folder of one run of medsd, so --overwrite leaves it alone: choose another --output_dir")
+    for mark, (what, owner) in COSTLY.items():
+        if (folder / mark).exists() and recipe != owner:
+            raise InputError(f"{folder} is {what}, which only {owner} replaces: choose another --output_dir")
     for source in inputs:
         if source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{source} lies in {folder}, which --overwrite would replace: choose another --output_dir")
+            raise InputError(f"{source} is read by this run, and --overwrite would replace {folder}: choose another --output_dir")
 
 
 def replace_folder(made: Path, final: Path) -> None:

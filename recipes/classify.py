@@ -198,7 +198,9 @@ def say(metrics: dict[str, Any], output: "ClassifyOutput", output_dir: Path) -> 
         beside = f"  (a perfectly calibrated model: {metrics['ece_floor']:.3f})" if name == "ece" else ""
         value = metrics[name]
         print(f"{name:<18} " + (f"{value:.3f}{shown}{beside}" if value is not None else f"none: {metrics['reasons'][name]}"))
-    print(f"scores in {output_dir}" + ("" if output.calibrated else " (not calibrated: probabilities are far too sure)"))
+    print(
+        f"scores in {output_dir}" + ("" if output.calibrated else " (not calibrated: the order of classes counts, not their probabilities)")
+    )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def main(config: FinetuneUNetConfig) -> None:
     quiet_libraries()
     output_dir = Path(config.output_dir)
     if not config.resume_from_checkpoint:
-        check_output(output_dir, config.overwrite, [config.pretrained_model_name_or_path, config.vae, config.dataset_name])
+        inputs = [config.pretrained_model_name_or_path, config.vae, config.dataset_name]
+        check_output(output_dir, config.overwrite, inputs, "finetune_unet.py")
     find_checkpoint(output_dir, config.resume_from_checkpoint)
     accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed)
     with accelerator.main_process_first():

@@ -51,7 +51,7 @@ def main(config: FinetuneVAEConfig) -> None:
     quiet_libraries()
     output_dir = Path(config.output_dir)
     if not config.resume_from_checkpoint:
-        check_output(output_dir, config.overwrite, [config.pretrained_model_name_or_path, config.dataset_name])
+        check_output(output_dir, config.overwrite, [config.pretrained_model_name_or_path, config.dataset_name], "finetune_vae.py")
     find_checkpoint(output_dir, config.resume_from_checkpoint)
     accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed)
     with accelerator.main_process_first():

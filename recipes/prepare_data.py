@@ -33,7 +33,7 @@ def main(config: PrepareDataConfig) -> None:
 
     output_dir = Path(config.output_dir)
     if not config.dry_run:
-        check_output(output_dir, config.overwrite, replaces="data")
+        check_output(output_dir, config.overwrite, recipe="prepare_data.py")
         inside = config.data_dir and output_dir.resolve().is_relative_to(Path(config.data_dir).resolve())
         if inside and config.source == "images" and config.labels is None:
             raise InputError(f"--output_dir {output_dir} lies in --data_dir, where it would be taken for a class: choose another")

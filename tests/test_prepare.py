@@ -306,7 +306,7 @@ def test_what_is_not_a_data_sets_is_never_replaced(tmp_path):
         prepare(rows, tmp_path / "data", OPTIONS, SALT, "test")
     assert (tmp_path / "thesis").read_text() == "my thesis" and (tmp_path / "link").is_symlink()
     with pytest.raises(InputError, match="which only prepare_data.py replaces"):
-        check_output(tmp_path / "moved", overwrite=True)
+        check_output(tmp_path / "moved", overwrite=True, recipe="finetune_unet.py")
 
 
 def test_another_folder_is_not_taken_for_the_phantoms(tmp_path):

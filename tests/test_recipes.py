@@ -167,10 +167,13 @@ def test_overwrite_checks_before_it_deletes(phantom_data, run, tmp_path):
         with pytest.raises(InputError):
             train(phantom_data, folder, overwrite=True, **flags)
     assert MedSDPipeline.from_pretrained(folder).class_names
+    for recipe, config in ((generate, GenerateConfig), (classify, ClassifyConfig)):
+        with pytest.raises(InputError, match="which only finetune_unet.py replaces"):
+            recipe.main(config(output_dir=str(folder), overwrite=True))
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("do not lose")
-    with pytest.raises(InputError, match="medsd did not write"):
+    with pytest.raises(InputError, match="not the folder of one run"):
         train(phantom_data, mine, overwrite=True)
     assert (mine / "thesis.txt").read_text() == "do not lose"
 

@@ -49,7 +49,7 @@ def prepare(
     check_names(rows, options)
     staging_dir = output_dir.with_name(f".{output_dir.name}.staging")
     with _alone(staging_dir):
-        check_output(output_dir, overwrite, [row.file for row in rows], replaces="data")
+        check_output(output_dir, overwrite, [row.file for row in rows], recipe="prepare_data.py")
         check_folders(output_dir, overwrite)
         volumes = any(len(row.files) > 1 or row.file.name.endswith((".nii", ".nii.gz")) for row in rows)
         staging = Staging(staging_dir, rows, options.decode, VOLUMES_PER_BLOCK if volumes else IMAGES_PER_BLOCK)

@@ -84,6 +84,8 @@ def check_folder(folder: Path) -> None:
     """Raise InputError where `folder` is no pipeline folder or misses a part that its index names."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; train one with recipes/finetune_unet.py or name another pipeline")
+    if (folder / "config.json").is_file():
+        raise InputError(f"{folder} is one model, not a pipeline folder: give an autoencoder as --vae, and name a pipeline")
     if not (folder / INDEX_FILE).is_file():
         raise InputError(f"{folder} has no {INDEX_FILE}, so it is not a finished pipeline folder{_training_state(folder)}")
     index = json.loads((folder / INDEX_FILE).read_text())
@@ -95,6 +97,13 @@ def check_folder(folder: Path) -> None:
     for part in needed:
         if not (folder / part).is_dir() or not any((folder / part).iterdir()):
             raise InputError(f"{folder}: the part {part}/ is missing although {INDEX_FILE} names it: copy the folder again")
+
+
+def weights_variant(folder: Path) -> str | None:
+    """Of a pipeline folder whose UNet is there in one variant only (`diffusion_pytorch_model.fp16.safetensors`), its name."""
+    names = [file.name.split(".") for file in (folder / "unet").glob("*.safetensors")]
+    variants = {parts[1].partition("-")[0] if len(parts) > 2 else None for parts in names}
+    return variants.pop() if len(variants) == 1 else None
 
 
 def _training_state(folder: Path) -> str:

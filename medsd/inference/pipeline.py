@@ -236,6 +236,7 @@ class MedSDPipeline(ScoringMixin, DiffusionPipeline, StableDiffusionLoraLoaderMi
             return cls._from_lora(record, info, options)
         if local:
             folders.check_folder(record)
+            options = {"variant": folders.weights_variant(record)} | options
         pipe = super().from_pretrained(name, use_safetensors=True, **options)
         if options.keys().isdisjoint({"dtype", "torch_dtype"}):
             pipe.text_encoder.float()  # transformers keeps the precision of the files, where diffusers loads float32.

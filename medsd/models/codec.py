@@ -103,7 +103,8 @@ class LearnedCodec:
         self.repeats = vae.config.in_channels // image_channels
         if (vae.config.in_channels, image_channels) != (3, 1) and vae.config.in_channels != image_channels:
             raise InputError(
-                f"images of {image_channels} channels do not fit an autoencoder of {vae.config.in_channels}: add --adapt_channels, or "
+                f"images of {image_channels} channels do not fit an autoencoder of {vae.config.in_channels}: make it fit with "
+                "finetune_vae.py --pretrained_model_name_or_path ... --adapt_channels (or finetune_unet.py, with a pretrained UNet), or "
                 f"prepare {'1 or 3' if vae.config.in_channels == 3 else vae.config.in_channels} channels (--windows, --channels)"
             )
 

@@ -90,7 +90,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> torch.Tensor:
     ids, most = tokenizer(list(prompts), padding="max_length", truncation=False).input_ids, tokenizer.model_max_length
     for prompt, row in zip(prompts, ids, strict=True):
         if len(row) > most:
-            shorter = "shorten --prompt_template, or name less in --prompt_metadata"
+            shorter = "prepare the data with a shorter --prompt_template, or less in --prompt_metadata"
             raise InputError(f'the prompt "{prompt}" is {len(row)} tokens long, the text encoder reads {most}: {shorter}')
     return torch.tensor(ids)
 

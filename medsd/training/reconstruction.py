@@ -110,6 +110,7 @@ def full_numbers(held_out: HeldOutImages, again: torch.Tensor, codec: LearnedCod
         numbers["error_hu_without_codec"] = hounsfield_errors(held_out, unit)["all"]
     if held_out.masks is not None:
         numbers["lesions"] = lesions_by_size(found_lesions(held_out, again))
+        numbers["linear_lesions"] = lesions_by_size(found_lesions(held_out, linear))
     return numbers
 
 
@@ -163,7 +164,9 @@ def described(numbers: dict[str, Any]) -> list[str]:
         tissues = ", ".join(f"{name} {error:.1f}" for name, error in numbers["error_hu"].items())
         lines.append(f"mean error in HU: {tissues}; without the codec {numbers['error_hu_without_codec']:.2f}")
     for size, row in numbers.get("lesions", {}).items():
-        lines.append(f"lesions of {size}: {row['n']}, half of the contrast kept in {row['half_kept']:.0%}, median {row['kept']:.0%}")
+        linear = numbers["linear_lesions"][size]["half_kept"]
+        kept = f"half of the contrast kept in {row['half_kept']:.0%} (linear codec {linear:.0%}), median {row['kept']:.0%}"
+        lines.append(f"lesions of {size}: {row['n']}, {kept}")
     return lines
 
 
