@@ -63,6 +63,17 @@ def test_float32_windows_give_hounsfield_back_within_half_a_unit(convert, names)
 
 
 @BOTH
+def test_a_window_that_nearly_saturates_is_not_taken_at_its_word(convert):
+    """What a model makes of air is not quite -1 in a window of the brain, where it would read as fat."""
+    windows = parse_windows(("lung", "abdomen", "bone"))
+    hounsfield = np.arange(-1200, 1800, dtype=np.float32)[None, None]
+    error = np.random.default_rng(0).uniform(-0.05, 0.05, (3, hounsfield.size)).astype(np.float32)[:, None]
+    unit = np.clip(np.asarray(windows.to_unit(hounsfield)).reshape(3, 1, -1) + error, -1, 1).reshape(3, 1, -1)
+    again = np.asarray(windows.from_unit(convert(unit)))
+    assert abs(again - hounsfield).max() < 0.051 * 2800 / 2
+
+
+@BOTH
 def test_recorded_ranges_map_each_image_and_channel_on_its_own(convert):
     mapped = Recorded("voi", ((0.0, 10.0), (0.0, 20.0)))
     ranges = np.array([[[0, 100], [50, 60]], [[-8, 8], [1000, 3000]]], np.float32)

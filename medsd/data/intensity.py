@@ -67,6 +67,10 @@ class Range:
         return {"kind": "range"} | asdict(self)
 
 
+WELL_INSIDE = 0.9
+"""Of a window's range `[-1, 1]`."""
+
+
 @dataclass(frozen=True)
 class Windows:
     """CT windows, one output channel each: `(..., 1, H, W)` HU <-> `(..., n, H, W)` for n windows."""
@@ -89,17 +93,20 @@ class Windows:
     def from_unit(self, unit: Any, ranges: Any = None) -> Any:
         """`(..., n, H, W)` in `[-1, 1]` -> `(..., 1, H, W)` HU.
 
-        Each pixel is read from the narrowest window that does not saturate there; where all do, from the widest. So a
-        value comes back as exactly as the narrowest window that holds it tells it: within half a HU for float32 windows.
+        Each pixel is read from the narrowest window that is well inside its range there, else from the one that is farthest from its
+        ends, else (where all saturate) from the widest. So what a window holds comes back within half a HU for float32 windows; and of
+        what a model made, a window that saturates but for a small error is not taken at its word: -0.98 of a brain's window can be air.
         """
         order = sorted(range(len(self.windows)), key=lambda index: -self.windows[index][1])
-        image = None
-        for index in order:
-            centre, width = self.windows[index]
-            plane = unit[..., index : index + 1, :, :]
-            hounsfield = plane * (width / 2) + centre
-            inside = abs(plane) < 1
-            image = hounsfield if image is None else inside * hounsfield + ~inside * image
+        planes = [unit[..., index : index + 1, :, :] for index in order]
+        read = [plane * (self.windows[index][1] / 2) + self.windows[index][0] for plane, index in zip(planes, order, strict=True)]
+        image, nearest = read[0], abs(planes[0])
+        for plane, hounsfield in zip(planes[1:], read[1:], strict=True):
+            better = abs(plane) < nearest
+            image, nearest = better * hounsfield + ~better * image, better * abs(plane) + ~better * nearest
+        for plane, hounsfield in zip(planes, read, strict=True):
+            inside = abs(plane) < WELL_INSIDE
+            image = inside * hounsfield + ~inside * image
         return image
 
     def to_dict(self) -> dict[str, Any]:
