@@ -78,6 +78,8 @@ def test_a_folder_in_half_precision_is_fine_tuned_in_full(stable_diffusion, phan
     half.to(torch.float16).save_pretrained(tmp_path / "variant", variant="fp16")
     assert not (tmp_path / "variant" / "unet" / "diffusion_pytorch_model.safetensors").exists()
     assert quiet(tmp_path / "variant").unet.dtype == torch.float32
+    (tmp_path / "variant" / "config.json").write_text("{}")  # As some repositories on the Hub have beside the index.
+    assert quiet(tmp_path / "variant").unet.dtype == torch.float32
     run = train(phantom_data, tmp_path / "unet", pretrained_model_name_or_path=str(tmp_path / "half"))
     assert quiet(run)(class_name="epidural", num_inference_steps=2, output_type="np").images.shape[0] == 1
 

@@ -84,7 +84,7 @@ def check_folder(folder: Path) -> None:
     """Raise InputError where `folder` is no pipeline folder or misses a part that its index names."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; train one with recipes/finetune_unet.py or name another pipeline")
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and not (folder / INDEX_FILE).is_file():
         raise InputError(f"{folder} is one model, not a pipeline folder: give an autoencoder as --vae, and name a pipeline")
     if not (folder / INDEX_FILE).is_file():
         raise InputError(f"{folder} has no {INDEX_FILE}, so it is not a finished pipeline folder{_training_state(folder)}")
