@@ -274,7 +274,8 @@ class FinetuneConfig(TrainingConfig):
     """What fine-tuning a UNet and fine-tuning an autoencoder share: where the model comes from, and how much of it learns."""
 
     pretrained_model_name_or_path: str | None = None
-    """Folder, Hub id or single file to start from: a medsd run, Stable Diffusion 1.x / 2.x, an unconditional model, or an autoencoder."""
+    """Folder, Hub id or single file to start from: a medsd run, Stable Diffusion 1.x / 2.x, or an unconditional model; for an autoencoder
+    also a bare one."""
     revision: str | None = None
     """Revision of a Hub id."""
     preset: Literal["tiny", "small", "sd15"] | None = None
