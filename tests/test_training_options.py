@@ -9,6 +9,7 @@ from medsd import MedSDPipeline
 from medsd.commandline import parse
 from medsd.config import FinetuneUNetConfig, FinetuneVAEConfig, PrepareDataConfig
 from medsd.errors import InputError
+from recipes.finetune_unet import build_pipeline, data_info, default_snr_gamma
 from tests.test_recipes import losses, train
 
 
@@ -51,8 +52,6 @@ def test_each_option_changes_the_training(phantom_data, tmp_path, plain, flags):
 
 def test_zero_terminal_snr_is_learned_where_there_is_no_signal(phantom_data):
     """There the weights of a min-SNR gamma, which is a preset's default, are 0."""
-    from recipes.finetune_unet import build_pipeline, data_info, default_snr_gamma
-
     for flags, gamma in (({}, 20), ({"rescale_betas_zero_snr": True}, None), ({"rescale_betas_zero_snr": True, "snr_gamma": 5.0}, 5)):
         config = FinetuneUNetConfig(dataset_name=str(phantom_data), **flags)
         assert default_snr_gamma(config, build_pipeline(config, data_info(config))) == gamma
