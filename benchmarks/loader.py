@@ -31,7 +31,7 @@ from medsd import MedSDPipeline, load_dataset, load_info
 from medsd.data.dataset import INFO_FILE, DataInfo, data_features, pack
 from medsd.data.intensity import parse_windows
 from medsd.data.transforms import TrainingOrder, TrainingRows, row_classes, to_unit, training_loader
-from medsd.objectives.diffusion import denoising_error
+from medsd.objectives.diffusion import denoising_error, draw_noise
 from medsd.objectives.timesteps import UniformTimesteps
 from medsd.training.fitting import adopt
 from medsd.training.setup import batches
@@ -120,11 +120,11 @@ def steps(folder: Path, count: int) -> Iterator[tuple[float, float]]:
     stream = batches(accelerator, TrainingRows(rows), row_classes(rows), BATCH, "natural", 0, 0, 1)
     for number in range(count + 1):
         started = time.perf_counter()
-        batch, generator = next(stream)
+        batch, draws = next(stream)
         waited = time.perf_counter() - started
-        latents = pipe.codec.encode(to_unit(batch["images"], info.intensity_map), generator)
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-        timesteps, _ = UniformTimesteps(1000).sample(len(latents), generator)
+        latents = pipe.codec.encode(to_unit(batch["images"], info.intensity_map), draws)
+        noise = draw_noise(latents, draws)
+        timesteps, _ = UniformTimesteps(1000).sample(len(latents), draws)
         denoising_error(pipe.unet, pipe.noise_schedule, latents, noise, timesteps, condition).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

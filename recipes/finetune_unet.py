@@ -229,7 +229,7 @@ def train(
     from medsd.data.transforms import TrainingRows, row_classes
     from medsd.models.conditioning import drop_prompts, encode_chosen, tokenize
     from medsd.models.unet import attention_kernel
-    from medsd.objectives.diffusion import denoising_error, draw_noise, draw_perturbation, elementwise_loss, hybrid_error, min_snr_weight
+    from medsd.objectives.diffusion import denoising_error, draw_noise, draw_perturbation, elementwise_loss, hybrid_error, min_snr_weights
     from medsd.objectives.timesteps import timestep_sampler
     from medsd.training.loop import Cadence, updates
     from medsd.training.preview import HeldOut
@@ -241,8 +241,9 @@ def train(
         pipe.unet.enable_gradient_checkpointing()
     pipe.to(accelerator.device)
     state, networks = start(accelerator, modules, Optimisation(**config.optimisation(default_learning_rate(config, pipe))))
-    schedule, snr_gamma = pipe.noise_schedule, default_snr_gamma(config, pipe)
-    sampler = timestep_sampler(config.timestep_sampling, schedule.config.num_train_timesteps)
+    schedule = pipe.noise_schedule
+    weights = min_snr_weights(schedule, default_snr_gamma(config, pipe)).to(accelerator.device)
+    sampler = timestep_sampler(config.timestep_sampling, len(weights), accelerator.device, accelerator.gather)
     state.memory["timesteps"] = sampler.state
     done = resume(state, record.folder, config.resume_from_checkpoint)
     unet, text_encoder = networks["unet"], networks.get("text_encoder", pipe.text_encoder)
@@ -260,17 +261,17 @@ def train(
     for _ in updates(accelerator, state, record, done, Cadence(**config.cadence()), partial(look, held_out, record)):
         # The training step.
         for _ in range(config.gradient_accumulation_steps):
-            batch, generator = next(stream)
+            batch, draws = next(stream)
             with accelerator.accumulate(*networks.values()):
-                latents, emphasis = source(batch, generator)
-                noise = draw_noise(latents, generator, config.noise_offset)
-                perturbation = draw_perturbation(latents, generator, config.input_perturbation)
-                timesteps, factors = sampler.sample(len(latents), generator)
-                prompts = drop_prompts(batch["prompts"], len(prompt_ids) - 1, config.proportion_empty_prompts, generator)
+                latents, emphasis = source(batch, draws)
+                noise = draw_noise(latents, draws, config.noise_offset)
+                perturbation = draw_perturbation(latents, draws, config.input_perturbation)
+                timesteps, factors = sampler.sample(len(latents), draws)
+                prompts = drop_prompts(batch["prompts"], len(prompt_ids) - 1, config.proportion_empty_prompts, draws)
                 condition = encode_chosen(text_encoder, prompt_ids, prompts)
                 error = measure(unet, schedule, latents, noise, timesteps, condition, element_loss, emphasis, perturbation)
-                error = min_snr_weight(schedule, timesteps, snr_gamma) * error
-                sampler.learn(*accelerator.gather((timesteps, error.detach())))
+                error = weights[timesteps] * error
+                sampler.learn(timesteps, error.detach())
                 state.learn(accelerator, (factors * error).mean(), config.max_grad_norm)
 
     accelerator.wait_for_everyone()

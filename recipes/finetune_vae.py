@@ -185,10 +185,10 @@ def train(
     for step in updates(accelerator, state, record, done, Cadence(**config.cadence()), partial(look, held_out, codec, record)):
         # The training step.
         for _ in range(config.gradient_accumulation_steps):
-            batch, generator = next(stream)
+            batch, draws = next(stream)
             with accelerator.accumulate(autoencoder, *adversary.networks):
-                images = augment(to_unit(batch["images"], intensity, batch.get("ranges"), info.resolution), generator)
-                reconstruction, *code = autoencoder(images, latent_noise(codec, images, generator))
+                images = augment(to_unit(batch["images"], intensity, batch.get("ranges"), info.resolution), draws)
+                reconstruction, *code = autoencoder(images, latent_noise(codec, images, draws))
                 error = (distance(reconstruction, images) + penalty(*code)).mean()
                 # The autoencoder's optimizer.
                 state.learn(accelerator, error + adversary.deception(step, error, reconstruction), config.max_grad_norm)

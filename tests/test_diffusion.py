@@ -20,7 +20,7 @@ from medsd.objectives.diffusion import (
     learned_log_variance,
     lesion_emphasis,
     log_snr,
-    min_snr_weight,
+    min_snr_weights,
     prediction_target,
     variational_terms,
 )
@@ -190,8 +190,8 @@ def test_min_snr_weights_are_the_papers():
     assert snr[0] > 5 > snr[2]
     for kind, divisor in {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones(3)}.items():
         expected = (snr.clamp(max=5) / divisor).float()
-        torch.testing.assert_close(min_snr_weight(schedule(kind), timesteps, 5.0), expected)
-    assert torch.equal(min_snr_weight(schedule("epsilon"), timesteps, None), torch.ones(3))
+        torch.testing.assert_close(min_snr_weights(schedule(kind), 5.0)[timesteps], expected)
+    assert torch.equal(min_snr_weights(schedule("epsilon"), None)[timesteps], torch.ones(3))
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("epsilon", 1.0), ("v_prediction", 0.0), ("sample", 0.0)])
@@ -199,7 +199,7 @@ def test_min_snr_weights_reach_their_limit_without_signal(kind, limit):
     """As the signal goes, min(SNR, gamma) / SNR -> 1 and min(SNR, gamma) / (SNR + 1) -> 0."""
     scheduler = schedule(kind, rescale_betas_zero_snr=True)
     assert log_snr(scheduler)[999] == -math.inf
-    weights = min_snr_weight(scheduler, torch.tensor([998, 999]), 5.0)
+    weights = min_snr_weights(scheduler, 5.0)[998:]
     assert weights[1] == limit and abs(weights[0] - limit) < 1e-3
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 from medsd.data.dataset import DataInfo
 from medsd.data.intensity import IntensityMap, label_channels
 from medsd.errors import InputError
+from medsd.randomness import Randomness, integers, uniform
 
 
 @dataclass(frozen=True)
@@ -35,28 +36,28 @@ class Augmentation:
     label_channels: int = 0
     """Last channels that hold labels: moved with the others, never mixed and never made brighter."""
 
-    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, draws: Randomness) -> torch.Tensor:
         """Changed images; the very same tensor where there is nothing to change."""
         count = len(images)
         if self.shift:
-            images = shift(images, torch.randint(-self.shift, self.shift + 1, (count, 2), generator=generator, device=images.device))
+            images = shift(images, integers(-self.shift, self.shift + 1, (count, 2), draws))
         if self.rotation or self.scale:
-            degrees, scales = _uniform((2, count), images, generator) * images.new_tensor([[self.rotation], [self.scale]])
+            degrees, scales = (_signed((count, 2), draws) * images.new_tensor([self.rotation, self.scale])).unbind(1)
             images = rotate_and_scale(images, degrees, 1 + scales, self.label_channels)
         for direction, axis in (("horizontal", -1), ("vertical", -2)):
             if self.flip in {direction, "both"}:
-                mirrored = _uniform((count, 1, 1, 1), images, generator) < 0
+                mirrored = _signed((count, 1, 1, 1), draws) < 0
                 images = torch.where(mirrored, images.flip(axis), images)
         if self.intensity:
-            gain, offset = _uniform((2, count, 1, 1, 1), images, generator) * self.intensity
+            gain, offset = (_signed((count, 2, 1, 1, 1), draws) * self.intensity).unbind(1)
             grey, labels = _apart(images, self.label_channels)
             images = torch.cat([(grey * (1 + gain) + offset).clamp(-1, 1), labels], 1)
         return images
 
 
-def _uniform(shape: tuple[int, ...], images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Uniform in `[-1, 1)`, on the images' device."""
-    return torch.rand(shape, generator=generator, device=images.device) * 2 - 1
+def _signed(shape: tuple[int, ...], draws: Randomness) -> torch.Tensor:
+    """Uniform in `[-1, 1)`."""
+    return uniform(shape, draws) * 2 - 1
 
 
 def _apart(images: torch.Tensor, label_channels: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from medsd.errors import InputError
 from medsd.models.channels import adapt_input
+from medsd.randomness import Randomness, normal
 
 ENCODE_BATCH = 16
 HIGHEST_LOG_VARIANCE, LOWEST_LOG_VARIANCE = 20.0, -30.0
@@ -34,11 +35,11 @@ class Codec(Protocol):
     def moments(self, images: torch.Tensor) -> torch.Tensor:
         """What latents are drawn from, `(B, m, h, w)` float32; no randomness."""
 
-    def draw(self, moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Latents: a sample of the posterior drawn with `generator`, or its mean without one."""
+    def draw(self, moments: torch.Tensor, draws: Randomness | None = None) -> torch.Tensor:
+        """Latents: a sample of the posterior drawn with `draws`, or its mean without one."""
 
-    def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """`draw(moments(images), generator)`."""
+    def encode(self, images: torch.Tensor, draws: Randomness | None = None) -> torch.Tensor:
+        """`draw(moments(images), draws)`."""
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images, not clipped."""
@@ -63,12 +64,12 @@ class PixelCodec:
         """The latents themselves: there is one for each image."""
         return pixel_unshuffle((images - self.mean) / self.std, self.factor)
 
-    def draw(self, moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Exact, so `generator` is not used."""
+    def draw(self, moments: torch.Tensor, draws: Randomness | None = None) -> torch.Tensor:
+        """Exact, so `draws` is not used."""
         return moments
 
-    def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Exact, so `generator` is not used."""
+    def encode(self, images: torch.Tensor, draws: Randomness | None = None) -> torch.Tensor:
+        """Exact, so `draws` is not used."""
         return self.moments(images)
 
     def check_side(self, resolution: int) -> None:
@@ -108,11 +109,11 @@ class LearnedCodec:
                 f"prepare {'1 or 3' if vae.config.in_channels == 3 else vae.config.in_channels} channels (--windows, --channels)"
             )
 
-    def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    def encode(self, images: torch.Tensor, draws: Randomness | None = None) -> torch.Tensor:
         """Latents of unit scale."""
-        return self.draw(self.moments(images), generator)
+        return self.draw(self.moments(images), draws)
 
-    def draw(self, moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    def draw(self, moments: torch.Tensor, draws: Randomness | None = None) -> torch.Tensor:
         """Latents of unit scale."""
         raise NotImplementedError
 
@@ -168,12 +169,12 @@ class KLCodec(LearnedCodec):
         """Mean and log-variance of the autoencoder's own latents, one behind the other."""
         return self.vae.encode(self.repeated(images)).latent_dist.parameters.float()
 
-    def draw(self, moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Latents of unit scale; the noise is drawn on the device of `generator`."""
+    def draw(self, moments: torch.Tensor, draws: Randomness | None = None) -> torch.Tensor:
+        """Latents of unit scale; the noise is drawn on the device of `draws`."""
         mean, log_variance = moments.chunk(2, dim=1)
-        if generator is None:
+        if draws is None:
             return self.normalised(mean)
-        noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
+        noise = normal(mean.shape, draws).to(mean.device)
         return self.normalised(mean + log_variance.clamp(LOWEST_LOG_VARIANCE, HIGHEST_LOG_VARIANCE).mul(0.5).exp() * noise)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -197,7 +198,7 @@ class VQCodec(LearnedCodec):
         """The autoencoder's latents before quantisation `(B, c, h, w)`."""
         return self.vae.encode(self.repeated(images)).latents.float()
 
-    def draw(self, moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    def draw(self, moments: torch.Tensor, draws: Randomness | None = None) -> torch.Tensor:
         """Latents of unit scale; there is nothing to draw."""
         return self.normalised(moments)
 

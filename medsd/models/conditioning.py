@@ -9,6 +9,7 @@ from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenize
 
 from medsd.errors import InputError
 from medsd.models.presets import Preset
+from medsd.randomness import Randomness, uniform
 
 WHOLE_TABLE = 32
 """So many prompts are all encoded, whichever of them a batch needs; of more, those of the batch."""
@@ -111,9 +112,9 @@ def encode_chosen(text_encoder: Any, table: torch.Tensor, chosen: torch.Tensor) 
     return encode(text_encoder, table[occurring])[place]
 
 
-def drop_prompts(prompts: torch.Tensor, empty: int, proportion: float, generator: torch.Generator) -> torch.Tensor:
+def drop_prompts(prompts: torch.Tensor, empty: int, proportion: float, draws: Randomness) -> torch.Tensor:
     """Prompt numbers `(B,)`, `proportion` of them replaced by the `empty` one (Ho & Salimans, 2022)."""
-    dropped = torch.rand(prompts.shape, generator=generator, device=prompts.device) < proportion
+    dropped = uniform(prompts.shape, draws) < proportion
     return torch.where(dropped, empty, prompts)
 
 

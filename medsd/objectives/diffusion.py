@@ -2,7 +2,7 @@
 
 Symbols: x_0 a latent, eps noise, x_t = alpha_t x_0 + sigma_t eps, alpha_bar = alpha_t^2, lambda = log SNR =
 log(alpha_bar / (1 - alpha_bar)), beta_t = 1 - alpha_bar_t / alpha_bar_(t-1). Noise and timesteps are arguments; what draws
-noise takes a generator. An *error* is one number per image; an *element loss* is one per element of a latent.
+noise takes a source of random numbers. An *error* is one number per image; an *element loss* is one per element of a latent.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from medsd.errors import InputError
+from medsd.randomness import Randomness, normal
 
 ElementLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """`loss(prediction (B, c, h, w), target (B, c, h, w), timesteps (B,))` -> `(B, c, h, w)`."""
@@ -262,17 +263,17 @@ def log_snr(scheduler: Any) -> torch.Tensor:
     return torch.log(alpha_bar) - torch.log1p(-alpha_bar)
 
 
-def min_snr_weight(scheduler: Any, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor:
-    """Min-SNR-gamma loss weight `(B,)` (Hang et al., 2023, eq. 5); 1 without a gamma.
+def min_snr_weights(scheduler: Any, gamma: float | None) -> torch.Tensor:
+    """Min-SNR-gamma loss weight of every timestep, `(T,)` float32 (Hang et al., 2023, eq. 5); 1 without a gamma.
 
     min(SNR, gamma) is the weight of an x_0 loss; it is divided by SNR for eps and by SNR + 1 for v, written so that SNR = 0 is safe.
     """
+    snr = log_snr(scheduler).exp()
     if gamma is None:
-        return torch.ones(len(timesteps), device=timesteps.device)
-    snr = log_snr(scheduler).exp()[timesteps.cpu()]
+        return torch.ones(len(snr))
     kind = scheduler.config.prediction_type
     weights = {"epsilon": (gamma / snr).clamp(max=1), "v_prediction": snr.clamp(max=gamma) / (snr + 1), "sample": snr.clamp(max=gamma)}
-    return weights[kind].to(timesteps.device, torch.float32)
+    return weights[kind].float()
 
 
 def lesion_emphasis(mask: torch.Tensor, weight: float, latent_side: int) -> torch.Tensor:
@@ -290,18 +291,18 @@ def lesion_emphasis(mask: torch.Tensor, weight: float, latent_side: int) -> torc
     return weights / weights.mean((1, 2, 3), keepdim=True)
 
 
-def draw_noise(latents: torch.Tensor, generator: torch.Generator, offset: float = 0.0) -> torch.Tensor:
-    """Standard normal noise for `(B, c, h, w)` latents, float32; the generator is on the latents' device.
+def draw_noise(latents: torch.Tensor, draws: Randomness, offset: float = 0.0) -> torch.Tensor:
+    """Standard normal noise for `(B, c, h, w)` latents, float32; drawn on the latents' device.
 
     With an offset (0.1 in Guttenberg, 2023, "Diffusion with offset noise") every channel of an image also moves by `offset` x
     normal as a whole, so that the model learns to change an image's mean brightness.
     """
-    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+    noise = normal(latents.shape, draws)
     if not offset:
         return noise
-    return noise + offset * torch.randn((*latents.shape[:2], 1, 1), generator=generator, device=latents.device)
+    return noise + offset * normal((*latents.shape[:2], 1, 1), draws)
 
 
-def draw_perturbation(latents: torch.Tensor, generator: torch.Generator, strength: float) -> torch.Tensor | None:
+def draw_perturbation(latents: torch.Tensor, draws: Randomness, strength: float) -> torch.Tensor | None:
     """Input perturbation, `strength` x normal, `(B, c, h, w)` float32 (Ning et al., 2023, who use 0.1); None for strength 0."""
-    return strength * torch.randn(latents.shape, generator=generator, device=latents.device) if strength else None
+    return strength * normal(latents.shape, draws) if strength else None

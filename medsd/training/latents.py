@@ -25,10 +25,11 @@ from medsd.errors import InputError
 from medsd.models.channels import BACKGROUND
 from medsd.models.codec import SCALES, Codec, encoder_weights
 from medsd.objectives.diffusion import lesion_emphasis
+from medsd.randomness import Randomness, integers
 
 Batch = dict[str, torch.Tensor]
-LatentSource = Callable[[Batch, torch.Generator], tuple[torch.Tensor, torch.Tensor | None]]
-"""A batch of `TrainingRows` and the step's generator -> latents `(B, c, h, w)`, and the emphasis `(B, 1, h, w)` of their places or None."""
+LatentSource = Callable[[Batch, Randomness], tuple[torch.Tensor, torch.Tensor | None]]
+"""A batch of `TrainingRows` and the step's numbers -> latents `(B, c, h, w)`, and the emphasis `(B, 1, h, w)` of places or None."""
 MOMENTS_FILE, MASKS_FILE, RECORD_FILE = "moments.npy", "masks.npy", "record.json"
 ENCODE_BATCH = 32
 VERSION = 1
@@ -42,14 +43,14 @@ class Images:
     data: DataInfo
     augment: Augmentation
 
-    def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, batch: Batch, draws: Randomness) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images `(B, C, H, W)` and masks `(B, 1, H, W)`, not 0 in a lesion: the batch's own, or the images' last channel of labels."""
         images = to_unit(batch["images"], self.data.intensity_map, batch.get("ranges"), self.data.resolution)
         if "masks" not in batch:
-            images = self.augment(images, generator)
+            images = self.augment(images, draws)
             return images, images[:, -1:] > BACKGROUND if self.augment.label_channels else None
         masks = shrink(batch["masks"], self.data.resolution, 1)
-        moved = replace(self.augment, label_channels=self.augment.label_channels + 1)(torch.cat([images, masks], 1), generator)
+        moved = replace(self.augment, label_channels=self.augment.label_channels + 1)(torch.cat([images, masks], 1), draws)
         return moved[:, :-1], moved[:, -1:]
 
 
@@ -61,11 +62,11 @@ class EncodedLatents:
     codec: Codec
     lesion_weight: float = 1.0
 
-    def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, batch: Batch, draws: Randomness) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `LatentSource`."""
-        images, masks = self.images(batch, generator)
+        images, masks = self.images(batch, draws)
         with torch.no_grad():
-            latents = self.codec.encode(images, generator)
+            latents = self.codec.encode(images, draws)
         return latents, emphasis(masks, self.lesion_weight, latents.shape[-1])
 
 
@@ -78,15 +79,15 @@ class CachedLatents:
         self.masks = np.load(folder / MASKS_FILE, mmap_mode="r") if (folder / MASKS_FILE).is_file() else None
         self.variants = self.moments.shape[1]
 
-    def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, batch: Batch, draws: Randomness) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `LatentSource`; `batch` has the numbers of its `rows`."""
         rows = batch["rows"].cpu().numpy()
         chosen = np.zeros(len(rows), int)
         if self.variants > 1:
-            chosen = torch.randint(self.variants, (len(rows),), generator=generator, device=generator.device).cpu().numpy()
+            chosen = integers(0, self.variants, (len(rows),), draws).cpu().numpy()
         moments = torch.from_numpy(self.moments[rows, chosen]).to(self.device)
         masks = None if self.masks is None else torch.from_numpy(self.masks[rows, chosen]).to(self.device)
-        return self.codec.draw(moments, generator), emphasis(masks, self.lesion_weight, moments.shape[-1])
+        return self.codec.draw(moments, draws), emphasis(masks, self.lesion_weight, moments.shape[-1])
 
 
 def emphasis(masks: torch.Tensor | None, lesion_weight: float, latent_side: int) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ import torch
 
 from medsd.data.transforms import TrainingOrder, TrainingRows, training_loader
 from medsd.errors import InputError
+from medsd.randomness import Part, Randomness, normal
 from medsd.runtime import use_all_cores
 from medsd.training.checkpoint import TrainState, find_checkpoint, trained_parameters
 
@@ -75,16 +76,19 @@ def resume(state: TrainState, run: Path, wanted: str | None) -> int:
 
 def batches(
     accelerator: Any, rows: TrainingRows, classes: np.ndarray, batch_size: int, class_sampling: str, seed: int, done: int, num_workers: int
-) -> Iterator[tuple[dict[str, torch.Tensor], torch.Generator]]:
-    """Endless (batch of `rows`, generator of its random numbers), from after `done` updates.
+) -> Iterator[tuple[dict[str, torch.Tensor], Part]]:
+    """Endless (batch of `rows`, its random numbers), from after `done` updates.
 
-    Both depend on (seed, number of the micro-batch, process) alone. `classes` `(N,)` are those of `row_classes`.
+    An update's images and all their numbers depend on (seed, number of the update) alone, however its effective batch is split over
+    micro-batches and processes. `classes` `(N,)` are those of `row_classes`.
     """
-    first = done * accelerator.gradient_accumulation_steps
-    order = TrainingOrder(classes, batch_size, class_sampling, seed, first, accelerator.process_index, accelerator.num_processes)
-    for number, batch in enumerate(training_loader(rows, order, num_workers), start=first):
+    splits, rank, world = accelerator.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
+    order = TrainingOrder(classes, batch_size, class_sampling, seed, done * splits, rank, world)
+    for number, batch in enumerate(training_loader(rows, order, num_workers), start=done * splits):
         on_device = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-        yield on_device, draws(seed, number, accelerator.process_index, accelerator.device)
+        update, part = divmod(number, splits)
+        first = (part * world + rank) * batch_size
+        yield on_device, Part(numbers_of(seed, update, accelerator.device), first, splits * world * batch_size)
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], learning_rate: float, use_8bit: bool) -> torch.optim.Optimizer:
@@ -111,13 +115,13 @@ def build_schedule(optimizer: torch.optim.Optimizer, name: str, warmup: int, ste
     return get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
-def draws(seed: int, micro_batch: int, rank: int, device: torch.device) -> torch.Generator:
-    """Generator of all random numbers of one micro-batch, so that any step can be repeated."""
-    key = np.random.SeedSequence([seed, micro_batch, rank]).generate_state(1, np.uint64)[0]
+def numbers_of(seed: int, update: int, device: torch.device) -> torch.Generator:
+    """Generator of all random numbers of one update, so that any can be repeated."""
+    key = np.random.SeedSequence([seed, update, 0]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(key >> np.uint64(1)))
 
 
-def latent_noise(codec: Any, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def latent_noise(codec: Any, images: torch.Tensor, draws: Randomness) -> torch.Tensor:
     """Unit noise of the shape that images `(B, C, H, W)` have as latents, `(B, c, H / factor, W / factor)`."""
     height, width = (side // codec.factor for side in images.shape[-2:])
-    return torch.randn((len(images), codec.latent_channels, height, width), generator=generator, device=images.device)
+    return normal((len(images), codec.latent_channels, height, width), draws)
