@@ -35,6 +35,7 @@ from medsd.objectives.diffusion import denoising_error, draw_noise
 from medsd.objectives.timesteps import UniformTimesteps
 from medsd.training.fitting import adopt
 from medsd.training.setup import batches
+from medsd.training.stopwatch import Stopwatch
 
 ROWS, SIDE, BATCH, ROWS_PER_SHARD, PASSES = 2000, 256, 16, 1000, 5
 
@@ -117,7 +118,7 @@ def steps(folder: Path, count: int) -> Iterator[tuple[float, float]]:
     condition = pipe.encode_prompts(info.prompts[:1]).detach().repeat(BATCH, 1, 1)
     optimizer = torch.optim.AdamW(pipe.unet.parameters(), fused=True)
     rows = load_dataset(folder, "train")
-    stream = batches(accelerator, TrainingRows(rows), row_classes(rows), BATCH, "natural", 0, 0, 1)
+    stream = batches(accelerator, Stopwatch(accelerator.device), TrainingRows(rows), row_classes(rows), BATCH, "natural", 0, 0, 1)
     for number in range(count + 1):
         started = time.perf_counter()
         batch, draws = next(stream)

@@ -13,6 +13,7 @@ from typing import TypeVar, get_type_hints
 
 from medsd.config import PHANTOM, RECIPES, RULES_WAIT, RecipeConfig
 from medsd.errors import InputError
+from medsd.runtime import follow_launcher
 
 USER_ERROR = 1
 USAGE_ERROR = 2
@@ -45,6 +46,7 @@ def parse(recipe: type[Config], argv: Sequence[str]) -> Config:
 
 def run(main: Callable[[Config], None], recipe: type[Config]) -> None:
     """Parse the command line and call `main`; end with one line and the contract's exit code where something is wrong."""
+    follow_launcher()
     config = _or_exit(lambda: parse(recipe, sys.argv[1:]), USAGE_ERROR)
     _or_exit(lambda: main(config), USER_ERROR)
 

@@ -25,6 +25,34 @@ MAY_BE_ZERO = frozenset(
     }
 )
 
+WITHOUT_EFFECT = frozenset(
+    {
+        "dataset_name",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "output_dir",
+        "validation_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "logging_steps",
+        "early_stopping",
+        "dataloader_num_workers",
+        "gradient_checkpointing",
+        "enable_xformers_memory_efficient_attention",
+        "compile",
+        "auto_batch_size",
+        "resume_from_checkpoint",
+        "allow_config_change",
+        "overwrite",
+        "report_to",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+    }
+)
+"""Fields that may differ when a run is resumed: they do not change what is computed, or it is known by another name (the data's
+fingerprint, the effective batch)."""
+
 RULES_WAIT: ContextVar[bool] = ContextVar("RULES_WAIT", default=False)
 """While the parser builds a config, whose `check` is called after it."""
 
@@ -198,6 +226,12 @@ class TrainingConfig(RecipeConfig):
     """AdamW with 8-bit states, from bitsandbytes."""
     enable_xformers_memory_efficient_attention: bool = False
     """Attention by xformers instead of torch's own; needs a GPU."""
+    auto_batch_size: bool = False
+    """Where memory does not suffice, go on with smaller micro-batches and more of them, so that an update sees as many images."""
+    compile: bool = False
+    """Compile the model with torch.compile: minutes at the start, faster steps on a GPU."""
+    allow_tf32: bool = False
+    """Let a GPU multiply float32 numbers with 10 bits of mantissa (TF32): faster where mixed_precision is no."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     dataloader_num_workers: int = 0
@@ -224,8 +258,14 @@ class TrainingConfig(RecipeConfig):
     """Updates between two checkpoints (and one at the end); 0 for none."""
     checkpoints_total_limit: int | None = 2
     """Checkpoints kept; the oldest go first."""
+    best_metric: Literal["loss", "auroc"] = "loss"
+    """What says that the averaged weights are the best so far, which output_dir/best then holds: held-out loss or validation AUROC."""
+    early_stopping: int | None = None
+    """Stop after so many looks without a better one."""
     resume_from_checkpoint: str | None = None
-    """A checkpoint folder, or latest (starts anew where there is none)."""
+    """A checkpoint folder, or latest: the newest that is whole (starts anew where there is none)."""
+    allow_config_change: bool = False
+    """Resume although settings or data that determine the result have changed."""
     overwrite: bool = False
     """Replace what is already in output_dir."""
     logging_steps: int = 50
@@ -250,14 +290,24 @@ class TrainingConfig(RecipeConfig):
 
     def optimisation(self, default_rate: float) -> dict[str, object]:
         """Keyword arguments of `medsd.training.setup.Optimisation`."""
-        names = ("use_8bit_adam", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "use_ema")
+        names = ("use_8bit_adam", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "use_ema", "compile")
         return {"learning_rate": self.learning_rate or default_rate} | {name: getattr(self, name) for name in names}
+
+    def settings(self, processes: int) -> dict[str, object]:
+        """What determines the result: the fields that have an effect, and the number of images in an update."""
+        steps = {"max_train_steps"} if self.lr_scheduler == "constant" else set()
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in WITHOUT_EFFECT | steps}
+        return chosen | {"effective_batch_size": self.train_batch_size * self.gradient_accumulation_steps * processes}
 
     def check(self) -> None:
         """And the rules of this recipe."""
         super().check()
         if self.push_to_hub and self.hub_model_id is None:
             raise InputError("--push_to_hub needs --hub_model_id user/name")
+        if self.early_stopping is not None and self.validation_steps == 0:
+            raise InputError("--early_stopping goes by looks at held-out images, and --validation_steps 0 has none: drop one")
+        if self.allow_config_change and not self.resume_from_checkpoint:
+            raise InputError("--allow_config_change belongs to --resume_from_checkpoint: give both")
         if self.overwrite and self.resume_from_checkpoint:
             raise InputError("--overwrite and --resume_from_checkpoint exclude each other: drop one")
         for field, most in {"random_rotation": 180, "random_scale": 0.9, "random_intensity": 1}.items():
@@ -442,6 +492,8 @@ class FinetuneVAEConfig(FinetuneConfig):
         super().check()
         if self.decoder_only and self.pretrained_model_name_or_path is None:
             raise InputError("--decoder_only keeps a pretrained encoder: give --pretrained_model_name_or_path")
+        if self.best_metric != "loss":
+            raise InputError(f"--best_metric {self.best_metric} is for a UNet; an autoencoder's is its held-out loss")
         if self.perceptual_model is not None and self.perceptual_weight == 0:
             raise InputError("--perceptual_model belongs to a --perceptual_weight above 0: give both")
         if self.gan_weight == 0 and self.gan_start is not None:

@@ -3,13 +3,24 @@
 A folder *belongs to medsd* when it holds one of the files that medsd writes; no other folder is ever replaced.
 """
 
+import ctypes
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from medsd.errors import InputError
+
+LONGEST_WAIT = timedelta(hours=12)
+"""For another process, which may look at held-out images or encode a whole data set meanwhile."""
+DIE_WITH_PARENT = 1
+"""`PR_SET_PDEATHSIG` of prctl(2)."""
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+"""Environment variables of which accelerate's or torch's launcher sets one."""
 
 MARKS = ("medsd.json", "status.json", "metrics.json", "manifest.jsonl")
 COSTLY = {
@@ -79,6 +90,22 @@ def write_text(path: Path, text: str) -> None:
     os.replace(made, path)
 
 
+def follow_launcher() -> None:
+    """Let the launcher's death reach this process as SIGTERM: `accelerate launch` is killed without a word to its child.
+
+    A process that was not launched stays alive when its shell goes. Exits where the launcher is dead already.
+    """
+    if not any(name in os.environ for name in LAUNCHED):
+        return
+    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
+    try:
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return
+    if not any(word in parent for word in (b"python", b"accelerate", b"torchrun")):
+        sys.exit(128 + signal.SIGTERM)
+
+
 def use_all_cores(accelerator: Any) -> None:
     """On a CPU, share the cores among the processes, unless OMP_NUM_THREADS says otherwise.
 
@@ -86,7 +113,7 @@ def use_all_cores(accelerator: Any) -> None:
     """
     import torch
 
-    chosen = "OMP_NUM_THREADS" in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ
+    chosen = "OMP_NUM_THREADS" in os.environ and not any(name in os.environ for name in LAUNCHED)
     if accelerator.device.type == "cpu" and not chosen:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
 

@@ -22,18 +22,27 @@ if TYPE_CHECKING:
 
     from medsd.data.dataset import DataInfo
     from medsd.inference.pipeline import MedSDPipeline
+    from medsd.training.guard import Guard
     from medsd.training.latents import LatentSource
     from medsd.training.preview import HeldOut
     from medsd.training.record import RunRecord
 
 
 def main(config: FinetuneUNetConfig) -> None:
+    """Train a pipeline, and leave a pipeline folder; again with smaller micro-batches where memory does not suffice."""
+    from medsd.training.guard import guarded
+
+    guarded(fine_tune, config)
+
+
+def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     """Build the pipeline, train it, and leave a pipeline folder."""
     from medsd.data.dataset import load_dataset
     from medsd.data.intensity import label_channels
     from medsd.data.transforms import sample_rows
     from medsd.runtime import check_output, quiet_libraries
     from medsd.training.checkpoint import find_checkpoint
+    from medsd.training.guard import watched_memory
     from medsd.training.record import RunRecord
     from medsd.training.setup import build_accelerator, clear_output, eight_bit_adam
 
@@ -42,8 +51,8 @@ def main(config: FinetuneUNetConfig) -> None:
     if not config.resume_from_checkpoint:
         inputs = [config.pretrained_model_name_or_path, config.vae, config.dataset_name]
         check_output(output_dir, config.overwrite, inputs, "finetune_unet.py")
-    find_checkpoint(output_dir, config.resume_from_checkpoint)
-    accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed)
+    checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
+    accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed, config.allow_tf32)
     with accelerator.main_process_first():
         info = data_info(config)
     pipe = build_pipeline(config, info)
@@ -52,8 +61,9 @@ def main(config: FinetuneUNetConfig) -> None:
     rows = sample_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples, config.seed)
     source = build_source(config, accelerator, pipe, rows)
     clear_output(accelerator, output_dir, config.overwrite)
-    with RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard") as record:
-        train(config, accelerator, pipe, rows, source, record)
+    record = RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard")
+    with record, watched_memory():
+        train(config, accelerator, pipe, rows, source, record, guard, checkpoint)
     if config.push_to_hub and accelerator.is_main_process:
         print("pushed to", pipe.push_to_hub(config.hub_model_id, private=config.hub_private_repo))
     folder, data = shlex.quote(str(output_dir)), shlex.quote(config.dataset_name)
@@ -172,8 +182,8 @@ def load_base(config: FinetuneUNetConfig) -> "MedSDPipeline":
     return pipe
 
 
-def choose_trained(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> dict[str, Any]:
-    """Freeze what does not learn; returns the modules that hold something that does."""
+def choose_trained(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> None:
+    """Freeze what does not learn."""
     from medsd.models.conditioning import train_only_tokens
     from medsd.models.lora import FROZEN_DTYPES, add_lora
 
@@ -181,10 +191,9 @@ def choose_trained(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> dict[st
         pipe.vae.requires_grad_(False)
     if config.rank:
         add_lora(pipe.unet, config.rank, config.lora_alpha, FROZEN_DTYPES[config.mixed_precision])
-    if config.pretrained_model_name_or_path is None or config.train_text_encoder or not pipe.info.reads_prompts:
-        return {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    learns = train_only_tokens(pipe.text_encoder, pipe.tokenizer, pipe.data.class_tokens)
-    return {"unet": pipe.unet, "text_encoder": pipe.text_encoder} if learns else {"unet": pipe.unet}
+    whole_text_encoder = config.pretrained_model_name_or_path is None or config.train_text_encoder or not pipe.info.reads_prompts
+    if not whole_text_encoder:
+        train_only_tokens(pipe.text_encoder, pipe.tokenizer, pipe.data.class_tokens)
 
 
 def default_snr_gamma(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> float | None:
@@ -223,53 +232,68 @@ def build_source(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "
 
 
 def train(
-    config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPipeline", rows: Any, source: "LatentSource", record: "RunRecord"
+    config: FinetuneUNetConfig,
+    accelerator: "Accelerator",
+    pipe: "MedSDPipeline",
+    rows: Any,
+    source: "LatentSource",
+    record: "RunRecord",
+    guard: "Guard",
+    checkpoint: Path | None,
 ) -> None:
     """Train `pipe` in place on `rows` of the data set, whose latents `source` gives, and save it to the run's folder."""
     from medsd.data.transforms import TrainingRows, row_classes
-    from medsd.models.conditioning import drop_prompts, encode_chosen, tokenize
-    from medsd.models.unet import attention_kernel
+    from medsd.models.conditioning import drop_prompts, tokenize
+    from medsd.models.unet import PromptedUNet, attention_kernel
     from medsd.objectives.diffusion import denoising_error, draw_noise, draw_perturbation, elementwise_loss, hybrid_error, min_snr_weights
     from medsd.objectives.timesteps import timestep_sampler
-    from medsd.training.loop import Cadence, updates
+    from medsd.training.best import Best
+    from medsd.training.loop import Cadence, Loop
     from medsd.training.preview import HeldOut
     from medsd.training.prompts import row_prompts
-    from medsd.training.setup import Optimisation, batches, resume, start
+    from medsd.training.setup import Optimisation, batches, frozen_hash, resume, start
+    from medsd.training.stopwatch import FlopCounter
 
-    modules = choose_trained(config, pipe)
+    choose_trained(config, pipe)
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
+    settings = config.settings(accelerator.num_processes)
+    settings |= {"data": pipe.data.fingerprint, "frozen": frozen_hash([pipe.unet, pipe.text_encoder, pipe.vae])}
     pipe.to(accelerator.device)
-    state, networks = start(accelerator, modules, Optimisation(**config.optimisation(default_learning_rate(config, pipe))))
-    schedule = pipe.noise_schedule
+    table = row_prompts(rows, pipe.data)
+    network = PromptedUNet(pipe.unet, pipe.text_encoder, tokenize(pipe.tokenizer, table.prompts).to(accelerator.device))
+    state, unet = start(accelerator, network, Optimisation(**config.optimisation(default_learning_rate(config, pipe))))
+    schedule, empty = pipe.noise_schedule, len(table.prompts) - 1
     weights = min_snr_weights(schedule, default_snr_gamma(config, pipe)).to(accelerator.device)
     sampler = timestep_sampler(config.timestep_sampling, len(weights), accelerator.device, accelerator.gather)
-    state.memory["timesteps"] = sampler.state
-    done = resume(state, record.folder, config.resume_from_checkpoint)
-    unet, text_encoder = networks["unet"], networks.get("text_encoder", pipe.text_encoder)
-    table = row_prompts(rows, pipe.data)
-    prompt_ids = tokenize(pipe.tokenizer, table.prompts).to(accelerator.device)
+    best = Best(f"validation_{config.best_metric}", config.best_metric == "auroc", config.early_stopping)
+    state.memory |= {"timesteps": sampler.state, "best": best.state}
+    done, looked = resume(accelerator, state, checkpoint, settings, config.allow_config_change)
     with_masks = config.lesion_weight != 1 and not config.cache_latents
     reader = TrainingRows(rows, table.numbers, with_masks, with_images=not config.cache_latents)
     order = (row_classes(rows), config.train_batch_size, config.class_sampling, config.seed, done, config.dataloader_num_workers)
-    stream = batches(accelerator, reader, *order)
+    stream = batches(accelerator, state.watch, reader, *order)
     measure = hybrid_error if pipe.learns_variance else denoising_error
     element_loss = elementwise_loss(config.loss_type, schedule, config.huber_schedule, config.huber_c)
     held_out = HeldOut(pipe, config.dataset_name)
+    images = config.train_batch_size * config.gradient_accumulation_steps
+    flops = None if config.compile else FlopCounter(accelerator.unwrap_model(unet))
+    looks = (best, partial(look, held_out, record), pipe.save_pretrained)
+    loop = Loop(accelerator, state, record, guard, Cadence(**config.cadence()), *looks, images, settings, flops)
+    record.begin(done)
     record.environment(device=str(accelerator.device), attention=attention_kernel(pipe.unet), trained_parameters=state.size)
 
-    for _ in updates(accelerator, state, record, done, Cadence(**config.cadence()), partial(look, held_out, record)):
+    for _ in loop.updates(done, looked):
         # The training step.
         for _ in range(config.gradient_accumulation_steps):
             batch, draws = next(stream)
-            with accelerator.accumulate(*networks.values()):
+            with accelerator.accumulate(unet):
                 latents, emphasis = source(batch, draws)
                 noise = draw_noise(latents, draws, config.noise_offset)
                 perturbation = draw_perturbation(latents, draws, config.input_perturbation)
                 timesteps, factors = sampler.sample(len(latents), draws)
-                prompts = drop_prompts(batch["prompts"], len(prompt_ids) - 1, config.proportion_empty_prompts, draws)
-                condition = encode_chosen(text_encoder, prompt_ids, prompts)
-                error = measure(unet, schedule, latents, noise, timesteps, condition, element_loss, emphasis, perturbation)
+                prompts = drop_prompts(batch["prompts"], empty, config.proportion_empty_prompts, draws)
+                error = measure(unet, schedule, latents, noise, timesteps, prompts, element_loss, emphasis, perturbation)
                 error = weights[timesteps] * error
                 sampler.learn(timesteps, error.detach())
                 state.learn(accelerator, (factors * error).mean(), config.max_grad_norm)
@@ -283,7 +307,7 @@ def train(
     )
 
 
-def look(held_out: "HeldOut", record: "RunRecord", step: int, write: Callable[[str], None]) -> None:
+def look(held_out: "HeldOut", record: "RunRecord", step: int, write: Callable[[str], None]) -> dict[str, float]:
     """Held-out loss, quick AUROC and a preview."""
     from medsd.training.preview import preview
 
@@ -292,6 +316,7 @@ def look(held_out: "HeldOut", record: "RunRecord", step: int, write: Callable[[s
     record.picture(step, "preview", preview(held_out.pipe))
     said = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items()]
     write(f"step {step}: {', '.join(said) or 'a preview; there is no validation split to look at'}")
+    return numbers
 
 
 if __name__ == "__main__":

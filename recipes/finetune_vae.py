@@ -10,6 +10,7 @@ The loop is in `train`. What varies (KL or VQ, full or LoRA, with or without a d
 import json
 import shlex
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from medsd.models.codec import LearnedCodec
     from medsd.objectives.autoencoder import Penalty, WeightedSum
     from medsd.training.adversary import Adversary, NoAdversary
+    from medsd.training.guard import Guard
     from medsd.training.reconstruction import HeldOutImages
     from medsd.training.record import RunRecord
+    from medsd.training.stopwatch import Stopwatch
 
 STATISTICS_IMAGES = 512
 """Training images that the latents' statistics, and the linear codec to compare with, are measured on."""
@@ -36,15 +39,23 @@ LOOK_IMAGES = 32
 
 
 def main(config: FinetuneVAEConfig) -> None:
+    """Train an autoencoder, and leave its folder; again with smaller micro-batches where memory does not suffice."""
+    from medsd.training.guard import guarded
+
+    guarded(fine_tune, config)
+
+
+def fine_tune(config: FinetuneVAEConfig, guard: "Guard") -> None:
     """Build the autoencoder, train it, and leave a folder that `AutoencoderKL.from_pretrained` (or VQModel) loads."""
     from medsd.data.dataset import load_info
     from medsd.data.prepare import prepare_default
     from medsd.data.transforms import at_resolution
-    from medsd.models.autoencoders import recompute_activations, save_memory
+    from medsd.models.autoencoders import load_vae, recompute_activations, save_memory
     from medsd.models.codec import codec_of
     from medsd.models.unet import enable_xformers
     from medsd.runtime import check_output, quiet_libraries
     from medsd.training.checkpoint import find_checkpoint
+    from medsd.training.guard import watched_memory
     from medsd.training.record import RunRecord
     from medsd.training.setup import build_accelerator, clear_output, eight_bit_adam
 
@@ -52,8 +63,8 @@ def main(config: FinetuneVAEConfig) -> None:
     output_dir = Path(config.output_dir)
     if not config.resume_from_checkpoint:
         check_output(output_dir, config.overwrite, [config.pretrained_model_name_or_path, config.dataset_name], "finetune_vae.py")
-    find_checkpoint(output_dir, config.resume_from_checkpoint)
-    accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed)
+    checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
+    accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed, config.allow_tf32)
     with accelerator.main_process_first():
         prepare_default(config.dataset_name, FinetuneVAEConfig().dataset_name)
     info = at_resolution(load_info(config.dataset_name), config.resolution)
@@ -69,10 +80,11 @@ def main(config: FinetuneVAEConfig) -> None:
         eight_bit_adam()
     distance = build_distance(config)
     clear_output(accelerator, output_dir, config.overwrite)
-    with RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard") as record:
-        train(config, accelerator, codec, info, distance, record)
+    record = RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard")
+    with record, watched_memory():
+        train(config, accelerator, codec, info, distance, record, guard, checkpoint)
     if config.push_to_hub and accelerator.is_main_process:
-        vae.push_to_hub(config.hub_model_id, private=config.hub_private_repo)
+        load_vae(str(output_dir)).push_to_hub(config.hub_model_id, private=config.hub_private_repo)
     folder, data, unet = (shlex.quote(str(path)) for path in (output_dir, config.dataset_name, output_dir.with_name("unet")))
     accelerator.print(f"next: accelerate launch recipes/finetune_unet.py --vae {folder} --dataset_name {data} --output_dir {unet}")
 
@@ -127,7 +139,9 @@ def choose_trained(config: FinetuneVAEConfig, codec: "LearnedCodec") -> Any:
     return adapters
 
 
-def build_adversary(config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "LearnedCodec") -> "Adversary | NoAdversary":
+def build_adversary(
+    config: FinetuneVAEConfig, accelerator: "Accelerator", codec: "LearnedCodec", watch: "Stopwatch"
+) -> "Adversary | NoAdversary":
     """The discriminator that `--gan_weight` and `--gan_start` ask for."""
     from medsd.models.autoencoders import last_layer
     from medsd.training.adversary import Adversary, NoAdversary
@@ -136,7 +150,7 @@ def build_adversary(config: FinetuneVAEConfig, accelerator: "Accelerator", codec
     if config.discriminator is None:
         return NoAdversary()
     optimisation = Optimisation(**config.optimisation(default_learning_rate(config)) | {"use_ema": False, "lr_scheduler": "constant"})
-    return Adversary(accelerator, codec.image_channels, *config.discriminator, last_layer(codec.vae), optimisation)
+    return Adversary(accelerator, codec.image_channels, *config.discriminator, last_layer(codec.vae), optimisation, watch)
 
 
 def default_learning_rate(config: FinetuneVAEConfig) -> float:
@@ -153,36 +167,47 @@ def train(
     info: "DataInfo",
     distance: "WeightedSum",
     record: "RunRecord",
+    guard: "Guard",
+    checkpoint: Path | None,
 ) -> None:
     """Train the codec's autoencoder in place and save it."""
     from medsd.data.dataset import load_dataset
     from medsd.data.intensity import label_channels
     from medsd.data.transforms import Augmentation, TrainingRows, row_classes, sample_images, sample_rows, to_unit
-    from medsd.models.autoencoders import merge_vae_lora, training_pass
+    from medsd.models.autoencoders import training_pass
     from medsd.models.unet import attention_kernel
-    from medsd.training.loop import Cadence, updates
+    from medsd.training.best import Best
+    from medsd.training.loop import Cadence, Loop
     from medsd.training.reconstruction import HeldOutImages
-    from medsd.training.setup import Optimisation, batches, latent_noise, resume, start
+    from medsd.training.setup import Optimisation, batches, frozen_hash, latent_noise, resume, start
+    from medsd.training.stopwatch import FlopCounter
 
     rows = sample_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples, config.seed)
     some = sample_images(rows, info.intensity_map, STATISTICS_IMAGES, info.resolution)
     codec.vae.to(accelerator.device)
     prepare_codebook(config, codec, some)
     adapters = choose_trained(config, codec)
+    settings = config.settings(accelerator.num_processes) | {"data": info.fingerprint, "frozen": frozen_hash([codec.vae])}
     optimisation = Optimisation(**config.optimisation(default_learning_rate(config)))
-    state, networks = start(accelerator, {"autoencoder": training_pass(codec)}, optimisation)
-    adversary = build_adversary(config, accelerator, codec)
+    state, autoencoder = start(accelerator, training_pass(codec), optimisation)
+    adversary = build_adversary(config, accelerator, codec, state.watch)
     state.partners.update(adversary.partners)
-    done = resume(state, record.folder, config.resume_from_checkpoint)
-    autoencoder, penalty, intensity = networks["autoencoder"], build_penalty(config, codec), info.intensity_map
-    distance = distance.to(accelerator.device)
-    augment = Augmentation(**config.augmentation(), label_channels=label_channels(intensity, info.image_channels))
-    workers, classes = config.dataloader_num_workers, row_classes(rows)
-    stream = batches(accelerator, TrainingRows(rows), classes, config.train_batch_size, "natural", config.seed, done, workers)
     held_out = HeldOutImages.load(config.dataset_name, info, LOOK_IMAGES)
+    best = Best(f"{held_out.split}_l1", higher=False, patience=config.early_stopping)
+    state.memory["best"] = best.state
+    done, looked = resume(accelerator, state, checkpoint, settings, config.allow_config_change)
+    penalty, intensity, distance = build_penalty(config, codec), info.intensity_map, distance.to(accelerator.device)
+    augment = Augmentation(**config.augmentation(), label_channels=label_channels(intensity, info.image_channels))
+    order = (row_classes(rows), config.train_batch_size, "natural", config.seed, done, config.dataloader_num_workers)
+    stream = batches(accelerator, state.watch, TrainingRows(rows), *order)
+    images_seen = config.train_batch_size * config.gradient_accumulation_steps
+    flops = None if config.compile else FlopCounter(accelerator.unwrap_model(autoencoder))
+    looks = (best, partial(look, held_out, codec, record), partial(keep, config, codec, adapters, info, some))
+    loop = Loop(accelerator, state, record, guard, Cadence(**config.cadence()), *looks, images_seen, settings, flops)
+    record.begin(done)
     record.environment(device=str(accelerator.device), attention=attention_kernel(codec.vae), trained_parameters=state.size)
 
-    for step in updates(accelerator, state, record, done, Cadence(**config.cadence()), partial(look, held_out, codec, record)):
+    for step in loop.updates(done, looked):
         # The training step.
         for _ in range(config.gradient_accumulation_steps):
             batch, draws = next(stream)
@@ -198,9 +223,7 @@ def train(
     accelerator.wait_for_everyone()
     state.adopt_average()
     if accelerator.is_main_process:
-        if adapters is not None:
-            merge_vae_lora(adapters)
-        save(config, codec, info, some, record.folder)
+        save(config, codec, adapters, info, some, record.folder)
 
 
 def prepare_codebook(config: FinetuneVAEConfig, codec: "LearnedCodec", images: "Tensor") -> None:
@@ -213,40 +236,57 @@ def prepare_codebook(config: FinetuneVAEConfig, codec: "LearnedCodec", images: "
         seed_codebook(codec, images, torch.Generator().manual_seed(config.seed))
 
 
-def save(config: FinetuneVAEConfig, codec: "LearnedCodec", info: "DataInfo", images: "Tensor", folder: Path) -> None:
-    """Write the autoencoder with its latents' statistics, measured on training images `(N, C, H, W)`, and the report on held-out ones.
+def keep(config: FinetuneVAEConfig, codec: "LearnedCodec", adapters: Any, info: "DataInfo", images: "Tensor", folder: Path) -> None:
+    """Write the autoencoder as it is now to an empty folder: adapters merged, its latents' statistics measured on images `(N, C, H, W)`.
 
-    A decoder alone keeps the statistics of its pretrained latent space.
+    A decoder alone keeps the statistics of its pretrained latent space. The codec itself is left as it is.
     """
-    from medsd.inference.folder import PipelineInfo, publish, write_info
-    from medsd.models.codec import latent_statistics, record_statistics
+    from medsd.inference.folder import PipelineInfo, write_info
+    from medsd.models.autoencoders import merge_vae_lora
+    from medsd.models.codec import codec_of, latent_statistics, record_statistics
+
+    copied = deepcopy(adapters if adapters is not None else codec.vae)
+    made = codec_of(copied if adapters is None else merge_vae_lora(copied), codec.image_channels)
+    if not config.decoder_only:
+        record_statistics(made, *latent_statistics(made, images))
+    made.vae.save_pretrained(folder)
+    write_info(folder, PipelineInfo(data=info, codec=made.to_dict()))
+
+
+def save(config: FinetuneVAEConfig, codec: "LearnedCodec", adapters: Any, info: "DataInfo", images: "Tensor", folder: Path) -> None:
+    """Put the autoencoder into the run's folder, with a report on held-out images."""
+    from medsd.inference.folder import publish
+    from medsd.models.autoencoders import load_vae
+    from medsd.models.codec import codec_of
     from medsd.runtime import partial_folder, write_text
     from medsd.training.reconstruction import HeldOutImages, described, full_numbers, sheet
 
-    if not config.decoder_only:
-        record_statistics(codec, *latent_statistics(codec, images))
     made = partial_folder(folder)
-    codec.vae.save_pretrained(made)
-    write_info(made, PipelineInfo(data=info, codec=codec.to_dict()))
+    keep(config, codec, adapters, info, images, made)
     publish(made, folder)
+    final = codec_of(load_vae(str(folder)).to(codec.vae.device), codec.image_channels)
     held_out = HeldOutImages.load(config.dataset_name, info, HELD_OUT_IMAGES)
-    again = held_out.reconstructed(codec)
-    numbers = full_numbers(held_out, again, codec, images)
+    again = held_out.reconstructed(final)
+    numbers = full_numbers(held_out, again, final, images)
     write_text(folder / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     sheet(held_out, again, numbers).save(folder / "reconstructions.png")
     print(f"autoencoder in {folder}, pictures in {folder / 'reconstructions.png'}", *described(numbers), sep="\n  ")
 
 
-def look(held_out: "HeldOutImages", codec: "LearnedCodec", record: "RunRecord", step: int, write: Callable[[str], None]) -> None:
+def look(
+    held_out: "HeldOutImages", codec: "LearnedCodec", record: "RunRecord", step: int, write: Callable[[str], None]
+) -> dict[str, float]:
     """Held-out error, and images above their reconstructions."""
     from medsd.training.reconstruction import decibel, quick_numbers, sheet
 
     again = held_out.reconstructed(codec)
     numbers = quick_numbers(held_out, again)
-    record.log(step, **{f"{held_out.split}_{name}": value for name, value in numbers.items() if value is not None})
+    named = {f"{held_out.split}_{name}": value for name, value in numbers.items() if value is not None}
+    record.log(step, **named)
     record.picture(step, "preview", sheet(held_out, again))
     said = f"L1 {numbers['l1']:.4f} of a range of 2, PSNR {decibel(numbers['psnr'])}, SSIM {numbers['ssim']:.4f}"
     write(f"step {step}: {held_out.split} {said}")
+    return named
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_a_yaml_end_to_end(name, tmp_path, real_data):
 def test_two_processes_train_together(tmp_path, phantom_data, monkeypatch):
     """An autoencoder with its discriminator, then a UNet on cached moments with importance sampling; both resume."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    launch = [ACCELERATE, "launch", "--cpu", "--num_processes", "2"]
+    launch = [ACCELERATE, "launch", "--multi_gpu", "--num_processes", "2"]
     common = ["--dataset_name", str(phantom_data), "--train_batch_size", "4", "--logging_steps", "1", "--report_to", "none"]
     common += ["--lr_scheduler", "constant", "--checkpointing_steps", "2"]
     vae = [*launch, "recipes/finetune_vae.py", *common, "--output_dir", "vae", "--gan_start", "2"]

@@ -65,7 +65,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(phantom_data, tmp_pa
     part = train(phantom_data, tmp_path / "part", max_train_steps=3, resume_from_checkpoint="latest", **flags)
     assert losses(part)[-1] == losses(whole)[-1]
     files = [file.relative_to(whole) for file in (whole / "checkpoint-3").rglob("*.safetensors")]
-    assert len(files) == (7 if "gan_start" in flags else 4)
+    assert len(files) == (8 if "gan_start" in flags else 5)
     for file in files:
         ours, theirs = load_file(part / file), load_file(whole / file)
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items()), file
@@ -79,8 +79,11 @@ def test_the_discriminator_joins_at_its_update(phantom_data, tmp_path):
     ours, theirs = (load_file(run / "checkpoint-3" / "weights.safetensors") for run in (folder, plain))
     assert any(not torch.equal(value, theirs[name]) for name, value in ours.items())
     for run, flags in ((plain, {"gan_start": 3}), (folder, {})):
+        again = {"max_train_steps": 5, "resume_from_checkpoint": "latest"} | flags
+        with pytest.raises(InputError, match="gan_start .* -> .*--allow_config_change"):
+            train(phantom_data, run, **again)
         with pytest.raises(InputError, match="discriminator: resume with the flags"):
-            train(phantom_data, run, max_train_steps=5, resume_from_checkpoint="latest", **flags)
+            train(phantom_data, run, allow_config_change=True, **again)
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])

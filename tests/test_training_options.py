@@ -89,8 +89,11 @@ def test_importance_sampling_is_resumed(phantom_data, tmp_path):
     assert losses(part)[-2:] == losses(whole)[-2:]
     state = load_file(whole / "checkpoint-8" / "memory.safetensors")["timesteps"]
     assert state.shape == (50, 2) and state[:, 1].min() > 0
-    with pytest.raises(InputError, match="--timestep_sampling"):
-        train(phantom_data, part, max_train_steps=9, resume_from_checkpoint="latest", validation_steps=0, train_batch_size=64)
+    other = {"max_train_steps": 9, "resume_from_checkpoint": "latest", "validation_steps": 0, "train_batch_size": 64}
+    with pytest.raises(InputError, match="timestep_sampling importance -> uniform"):
+        train(phantom_data, part, **other)
+    with pytest.raises(InputError, match="another --timestep_sampling"):
+        train(phantom_data, part, allow_config_change=True, **other)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from medsd.runtime import DIE_WITH_PARENT
+
 Announce = Callable[[int], None]
 """Told the number of the step that begins."""
 ENVIRONMENT = {
@@ -29,8 +31,6 @@ ENVIRONMENT = {
 """One thread a worker, and freed memory kept for the next image: else glibc hands each back and the kernel clears it anew."""
 SECONDS_TO_DIE = 1.0
 """A process that hung up has this long to be gone by itself, so that its exit code can be told."""
-DIE_WITH_PARENT = 1
-"""`PR_SET_PDEATHSIG` of prctl(2)."""
 
 
 @dataclass(frozen=True)

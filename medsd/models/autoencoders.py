@@ -169,9 +169,9 @@ def add_vae_lora(vae: AutoencoderKL | VQModel, rank: int, alpha: int | None, dec
     return LoraModel(vae.requires_grad_(False), {"default": config}, "default")
 
 
-def merge_vae_lora(adapters: Any) -> None:
-    """Add the adapters to the weights, so that the autoencoder is a plain one again."""
-    adapters.merge_and_unload()
+def merge_vae_lora(adapters: Any) -> AutoencoderKL | VQModel:
+    """The autoencoder with the adapters added to its weights, a plain one again."""
+    return adapters.merge_and_unload()
 
 
 def recompute_activations(vae: AutoencoderKL | VQModel) -> None:

@@ -3,9 +3,46 @@
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from transformers import CLIPTextModel
 
 from medsd.errors import InputError
+from medsd.models.conditioning import WHOLE_TABLE, encode, encode_chosen
 from medsd.models.presets import Preset
+
+MOST_CONDITIONS = 4096
+"""Prompts whose conditions are kept; of more, those of a batch are computed when they are needed."""
+
+
+class PromptedUNet(torch.nn.Module):
+    """A UNet that is told the numbers of prompts: one module with all that learns.
+
+    A text encoder that does not learn is asked once for all prompts, and what it said is kept.
+
+    Args:
+        unet, text_encoder: on their device.
+        prompts: token ids `(P, tokens)` on that device.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, prompts: torch.Tensor) -> None:
+        super().__init__()
+        # Neither is a buffer, which would be sent to every process at every step.
+        self.prompts, self.conditions = prompts, None
+        self.unet = unet
+        if len(prompts) > MOST_CONDITIONS or any(parameter.requires_grad for parameter in text_encoder.parameters()):
+            self.text_encoder = text_encoder
+        else:
+            with torch.no_grad():
+                self.conditions = torch.cat([encode(text_encoder, part) for part in prompts.split(WHOLE_TABLE)])
+
+    def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Prediction `(B, c, h, w)` for x_t `(B, c, h, w)`, timesteps `(B,)` and prompts `chosen` `(B,)`."""
+        return self.unet(x_t, timesteps, self.condition(chosen)).sample
+
+    def condition(self, chosen: torch.Tensor) -> torch.Tensor:
+        """`(B, tokens, dim)`."""
+        if self.conditions is not None:
+            return self.conditions[chosen]
+        return encode_chosen(self.text_encoder, self.prompts, chosen)
 
 
 def build_unet(preset: Preset, latent_channels: int, latent_side: int, learned_variance: bool = False) -> UNet2DConditionModel:

@@ -6,21 +6,29 @@ from typing import Any
 import torch
 
 from medsd.objectives.adversarial import PatchDiscriminator, adaptive_weight, deception_loss, discriminator_loss
-from medsd.training.checkpoint import TrainState
 from medsd.training.setup import Optimisation, start
+from medsd.training.state import TrainState
+from medsd.training.stopwatch import Stopwatch
 
 
 class Adversary:
     """A patch discriminator that joins at update `first`; its loss is weighted `weight` times the adaptive weight."""
 
     def __init__(
-        self, accelerator: Any, channels: int, weight: float, first: int, last_layer: Sequence[torch.Tensor], optimisation: Optimisation
+        self,
+        accelerator: Any,
+        channels: int,
+        weight: float,
+        first: int,
+        last_layer: Sequence[torch.Tensor],
+        optimisation: Optimisation,
+        watch: Stopwatch,
     ) -> None:
         self.accelerator, self.weight, self.last_layer = accelerator, weight, last_layer
         self.discriminator = PatchDiscriminator(channels).to(accelerator.device)
-        self.state, networks = start(accelerator, {"discriminator": self.discriminator}, optimisation)
+        self.state, network = start(accelerator, self.discriminator, optimisation, watch)
         self.state.memory["first_update"] = torch.tensor([first])
-        self.networks: list[torch.nn.Module] = [networks["discriminator"]]
+        self.networks: list[torch.nn.Module] = [network]
         self.partners: dict[str, TrainState] = {"discriminator": self.state}
 
     def joined(self, step: int) -> bool:

@@ -1,7 +1,8 @@
 """What a run writes about itself: config.yaml, environment.json, status.json, metrics.jsonl and TensorBoard curves."""
 
+import contextlib
 import json
-import os
+import math
 import platform
 import shutil
 import subprocess
@@ -15,59 +16,71 @@ from typing import Any
 import torch
 from PIL import Image
 
+from medsd.errors import InputError
+from medsd.runtime import write_text
+
 PACKAGES = ("medsd", "torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "xformers")
 
 
 class RunRecord:
     """Context manager around a training run in `folder`; every process may hold one, the main process writes.
 
-    `status.json` says `running`, then `finished`, `preempted` (interrupted) or `failed`, with the last step and the reason.
+    `status.json` says `running`, then `finished`, `preempted` (stopped by a signal) or `failed`, with the last step and the reason.
+    Nothing is written before `begin`, unless the run fails for a reason that is not the user's.
     """
 
     def __init__(self, folder: Path, config: Any, writes: bool = True, tensorboard: bool = True) -> None:
         self.folder, self.config, self.writes, self.tensorboard = folder, config, writes, tensorboard
-        self.step = 0
+        self.step, self.reason, self.begun = 0, "", False
         self.board: Any = None
+        self.facts: dict[str, Any] = {}
 
     def __enter__(self) -> "RunRecord":
+        return self
+
+    def begin(self, step: int) -> None:
+        """Go on after update `step`: what is recorded of later ones, by a run that was cut off, is dropped."""
+        self.step, self.begun = step, True
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_yaml(self.folder / "config.yaml", {self.config.section: asdict(self.config)})
+            write_text(self.folder / "config.yaml", _yaml({self.config.section: asdict(self.config)}))
+            _drop_later(self.folder / "metrics.jsonl", step)
             self._status("running")
             if self.tensorboard:
-                self.board = _summary_writer(self.folder / "tensorboard")
-        return self
+                self.board = _summary_writer(self.folder / "tensorboard", step + 1)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.board is not None:
             self.board.close()
         if error is None:
-            self._status("finished")
+            self._status("finished", self.reason)
         elif isinstance(error, KeyboardInterrupt | SystemExit):
-            self._status("preempted", "interrupted")
-        else:
-            self._status("failed", f"{type(error).__name__}: {error}")
+            self._status("preempted", str(error) or "interrupted")
+        elif self.begun or not isinstance(error, InputError):
+            with contextlib.suppress(OSError):  # The disk may be full, which then is the error.
+                self._status("failed", f"{type(error).__name__}: {error}")
 
     def environment(self, **facts: Any) -> None:
-        """Write `environment.json`: versions, commit, machine, and `facts` such as the attention kernel."""
+        """Write `environment.json`: versions, commit, machine, and `facts` such as the attention kernel, added to those told before."""
+        self.facts |= facts
         if self.writes:
             record = {
                 "packages": _versions(),
                 "commit": _commit(),
                 "python": platform.python_version(),
                 "machine": platform.machine(),
-            } | facts
-            (self.folder / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
+            } | self.facts
+            write_text(self.folder / "environment.json", json.dumps(record, indent=2) + "\n")
 
-    def log(self, step: int, **numbers: float) -> None:
+    def log(self, step: int, **numbers: float | None) -> None:
         """One line of `metrics.jsonl`, and a point on each curve."""
-        self.step = step
         if not self.writes:
             return
         with (self.folder / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps({"step": step, "time": round(time.time(), 3)} | numbers) + "\n")
+        self._status("running")
         for name, value in numbers.items() if self.board is not None else ():
-            self.board.add_scalar(name, value, step)
+            self.board.add_scalar(name, math.nan if value is None else value, step)
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         """`NAME.png` in the run's folder (the newest), and every one in TensorBoard."""
@@ -80,22 +93,32 @@ class RunRecord:
 
     def _status(self, state: str, reason: str = "") -> None:
         if self.writes:
-            partial = self.folder / ".status.json.partial"
-            partial.write_text(json.dumps({"state": state, "step": self.step, "reason": reason}) + "\n")
-            os.replace(partial, self.folder / "status.json")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "status.json", json.dumps({"state": state, "step": self.step, "reason": reason}) + "\n")
 
 
-def _summary_writer(folder: Path) -> Any:
+def _summary_writer(folder: Path, first: int) -> Any:
+    """Points of earlier runs from step `first` on are not shown."""
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=first)
 
 
-def _write_yaml(path: Path, content: dict[str, Any]) -> None:
+def _drop_later(path: Path, step: int) -> None:
+    """Keep the lines up to `step`, of which none is half-written."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            kept += [line] if json.loads(line)["step"] <= step else []
+    write_text(path, "".join(kept))
+
+
+def _yaml(content: dict[str, Any]) -> str:
     import yaml
 
-    plain = json.loads(json.dumps(content))
-    path.write_text(yaml.safe_dump(plain, sort_keys=False))
+    return yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False)
 
 
 def _versions() -> dict[str, str]:

@@ -1,9 +1,10 @@
 """What every training recipe does once, before its loop."""
 
+import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,33 @@ import torch
 from medsd.data.transforms import TrainingOrder, TrainingRows, training_loader
 from medsd.errors import InputError
 from medsd.randomness import Part, Randomness, normal
-from medsd.runtime import use_all_cores
-from medsd.training.checkpoint import TrainState, find_checkpoint, trained_parameters
+from medsd.runtime import LONGEST_WAIT, use_all_cores
+from medsd.training.checkpoint import check_same, read_record, read_tensors
+from medsd.training.state import TrainState, restore_random_states, trained_parameters
+from medsd.training.stopwatch import Stopwatch
 
 EMA_DECAY = 0.999
-LONGEST_WAIT = timedelta(hours=12)
-"""For another process, which may look at held-out images or encode a whole data set meanwhile."""
+FEW_NUMBERS = 1024
+"""Of a frozen tensor that are compared when a run is resumed."""
 
 
-def build_accelerator(mixed_precision: str, accumulation: int, seed: int) -> Any:
+def build_accelerator(mixed_precision: str, accumulation: int, seed: int, allow_tf32: bool = False) -> Any:
     """An Accelerator, with weights' initialisation seeded; raises InputError for fp16 without a GPU."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, set_seed
 
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--mixed_precision fp16 needs a GPU: use bf16 or no")
+    torch.set_float32_matmul_precision("high" if allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = allow_tf32
     set_seed(seed)
-    patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
-    accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation, kwargs_handlers=[patient])
+    # Without `cpu` the launcher's processes would each train alone where there is no GPU, and say nothing of it.
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=accumulation,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+    )
     use_all_cores(accelerator)
     return accelerator
 
@@ -44,7 +54,7 @@ def clear_output(accelerator: Any, folder: Path, overwrite: bool) -> None:
 
 @dataclass(frozen=True)
 class Optimisation:
-    """AdamW, its learning rate over the updates, and whether weights are averaged."""
+    """AdamW, its learning rate over the updates, whether weights are averaged and the module compiled."""
 
     learning_rate: float
     use_8bit_adam: bool
@@ -52,30 +62,67 @@ class Optimisation:
     lr_warmup_steps: int
     max_train_steps: int
     use_ema: bool
+    compile: bool = False
 
 
-def start(accelerator: Any, modules: dict[str, torch.nn.Module], chosen: Optimisation) -> tuple[TrainState, dict[str, torch.nn.Module]]:
-    """Optimizer, schedule and average for what learns in `modules`.
+def start(
+    accelerator: Any, module: torch.nn.Module, chosen: Optimisation, watch: Stopwatch | None = None
+) -> tuple[TrainState, torch.nn.Module]:
+    """Optimizer, schedule and average for what learns in `module`.
 
-    Returns the state, and the modules prepared for the accelerator and in training mode.
+    Returns the state, and the module prepared for the accelerator and in training mode.
     """
-    parameters = trained_parameters(modules)
-    optimizer = build_optimizer(parameters.values(), chosen.learning_rate, chosen.use_8bit_adam)
+    if accelerator.device.type == "cuda":
+        module.to(memory_format=torch.channels_last)
+    if chosen.compile:
+        module.compile()
+    optimizer = build_optimizer(trained_parameters(module).values(), chosen.learning_rate, chosen.use_8bit_adam)
     schedule = build_schedule(optimizer, chosen.lr_scheduler, chosen.lr_warmup_steps, chosen.max_train_steps)
-    state = TrainState(parameters, optimizer, schedule, EMA_DECAY if chosen.use_ema else None)
-    networks = {name: accelerator.prepare(module).train() for name, module in modules.items()}
-    state.optimizer = accelerator.prepare(optimizer)
-    return state, networks
+    network, prepared = accelerator.prepare(module, optimizer)
+    parameters = trained_parameters(accelerator.unwrap_model(network))
+    decay = EMA_DECAY if chosen.use_ema else None
+    return TrainState(parameters, prepared, schedule, decay, watch or Stopwatch(accelerator.device)), network.train()
 
 
-def resume(state: TrainState, run: Path, wanted: str | None) -> int:
-    """Restore the checkpoint that `--resume_from_checkpoint` names, if any; returns the number of updates done."""
-    checkpoint = find_checkpoint(run, wanted)
-    return state.load(checkpoint) if checkpoint else 0
+def resume(
+    accelerator: Any, state: TrainState, checkpoint: Path | None, settings: Mapping[str, Any], allow_change: bool
+) -> tuple[int, int]:
+    """Restore a checkpoint, if there is one; returns the number of updates done, and the step of the last look.
+
+    Raises InputError where `settings`, all that determines the result, are not those it was trained with, unless that is allowed.
+    """
+    if checkpoint is None:
+        return 0, 0
+    record = read_record(checkpoint)
+    check_same(checkpoint, record["settings"], settings, allow_change)
+    state.restore(partial(read_tensors, checkpoint), record["state"])
+    if accelerator.scaler is not None and record["scaler"] is not None:
+        accelerator.scaler.load_state_dict(record["scaler"])
+    restore_random_states(accelerator, read_tensors(checkpoint, "random"))
+    return record["step"], record["looked"]
+
+
+def frozen_hash(modules: Iterable[torch.nn.Module | None]) -> str:
+    """Of the weights that do not learn, from a few numbers of each: whether a run goes on with those that it began with."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in module.named_parameters() if module is not None else ():
+            if not value.requires_grad:
+                digest.update(f"{name} {tuple(value.shape)}".encode())
+                digest.update(value.detach().flatten()[:FEW_NUMBERS].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def batches(
-    accelerator: Any, rows: TrainingRows, classes: np.ndarray, batch_size: int, class_sampling: str, seed: int, done: int, num_workers: int
+    accelerator: Any,
+    watch: Stopwatch,
+    rows: TrainingRows,
+    classes: np.ndarray,
+    batch_size: int,
+    class_sampling: str,
+    seed: int,
+    done: int,
+    num_workers: int,
 ) -> Iterator[tuple[dict[str, torch.Tensor], Part]]:
     """Endless (batch of `rows`, its random numbers), from after `done` updates.
 
@@ -88,6 +135,7 @@ def batches(
         on_device = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
         update, part = divmod(number, splits)
         first = (part * world + rank) * batch_size
+        watch.mark("data")
         yield on_device, Part(numbers_of(seed, update, accelerator.device), first, splits * world * batch_size)
 
 

@@ -1,0 +1,43 @@
+"""The best look so far: whether another one is better, and whether it is time to give up."""
+
+import math
+
+import torch
+
+
+class Best:
+    """Of a number that a look measures: its best value, and how many looks ago that was. `state` is all that a checkpoint has to keep.
+
+    Args:
+        name: of the number.
+        higher: whether more is better.
+        patience: looks without a better one before the run is to stop; None for never.
+    """
+
+    def __init__(self, name: str, higher: bool, patience: int | None) -> None:
+        self.name, self.higher, self.patience = name, higher, patience
+        self.state = torch.tensor([math.nan, 0.0, 0.0], dtype=torch.float64)
+        """Value, its step, and looks since."""
+
+    @property
+    def step(self) -> int:
+        """Of the best look; 0 before there is one."""
+        return int(self.state[1])
+
+    def improved(self, step: int, numbers: dict[str, float]) -> bool:
+        """Take note of a look; whether it is the best one so far. Without the number there is none; NaN is never the best."""
+        value, best = numbers.get(self.name, math.nan), self.state[0].item()
+        better = value > best if self.higher else value < best
+        if better or (math.isnan(best) and not math.isnan(value)):
+            self.state.copy_(torch.tensor([value, step, 0.0]))
+            return True
+        self.state[2] += 1
+        return False
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether patience is at its end."""
+        return self.patience is not None and self.state[2].item() >= self.patience
+
+    def __str__(self) -> str:
+        return f"{self.name.replace('_', ' ')} {self.state[0].item():.4f} at step {self.step}"

@@ -1,0 +1,153 @@
+"""What may stop a run from outside: signals, a launcher that dies, and too little memory.
+
+While an update is computed a signal is only noted; the run stops at the next boundary between two updates, with a checkpoint. At any
+other time it stops at once.
+"""
+
+import gc
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+
+from medsd.errors import InputError
+from medsd.runtime import LONGEST_WAIT
+
+EXIT_CODES = {signal.SIGHUP: 129, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
+"""Signals that ask a run to stop. Of several the last one here counts: a launcher that dies of SIGINT or SIGUSR1 sends SIGTERM, too.
+SIGUSR1 asks to be started again (75: EX_TEMPFAIL)."""
+IMPATIENT = 2.0
+"""A SIGINT so many seconds after another stops at once. (Terminal and launcher may both send one for the same Ctrl-C.)"""
+ENOUGH = 1
+"""What `Guard.agreed` says where the run asked itself to stop; signals are `ASKED` and more."""
+ASKED = 2
+Config = TypeVar("Config", bound=Any)
+
+
+class Preempted(SystemExit):
+    """A signal stopped the run; `code` is the process's exit code."""
+
+    def __init__(self, received: signal.Signals, told: str = "") -> None:
+        super().__init__(EXIT_CODES[received])
+        self.signal, self.told = received, told
+
+    def __str__(self) -> str:
+        return f"{self.signal.name}{': ' if self.told else ''}{self.told}"
+
+
+class OutOfMemory(Exception):
+    """Neither the device nor the host had room for an update."""
+
+
+class Guard:
+    """Context manager in which signals raise Preempted; within `waits()` they are kept until `agreed` is asked."""
+
+    def __init__(self) -> None:
+        self.level, self.waiting, self.first = 0, False, math.inf
+        self.group: Any = None
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Guard":
+        for number in EXIT_CODES if threading.current_thread() is threading.main_thread() else ():
+            if signal.getsignal(number) != signal.SIG_IGN:  # Ignored on purpose, as by nohup.
+                self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        received, now = signal.Signals(number), time.monotonic()
+        impatient = received == signal.SIGINT and now - self.first > IMPATIENT
+        if received == signal.SIGINT:
+            self.first = min(self.first, now)
+        self.level = max(self.level, ASKED + list(EXIT_CODES).index(received))
+        if not self.waiting or impatient:
+            raise Preempted(received)
+
+    @contextmanager
+    def waits(self, really: bool = True) -> Iterator[None]:
+        """Within, signals are kept for `agreed`, but for a SIGINT that is repeated; `really=False` lets them through for a while."""
+        before, self.waiting = self.waiting, really
+        try:
+            if not really and self.level >= ASKED:
+                raise self.preempted()
+            yield
+        finally:
+            self.waiting = before
+
+    def enough(self) -> None:
+        """Let the run stop by itself."""
+        self.level = max(self.level, ENOUGH)
+
+    def agreed(self, accelerator: Any) -> int:
+        """0, `ENOUGH`, or more: why the run has to stop, the same on every process. Every process has to ask at the same time."""
+        if accelerator.num_processes > 1:
+            self.level = self._highest()
+        return self.level
+
+    def _highest(self) -> int:
+        """Over all processes; by a group of its own on the CPU, so that no device is waited for."""
+        if self.group is None:
+            self.group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        level = torch.tensor(self.level)
+        torch.distributed.all_reduce(level, torch.distributed.ReduceOp.MAX, group=self.group)
+        return int(level)
+
+    def preempted(self, told: str = "") -> Preempted:
+        """The exception to end with, once a signal has come."""
+        return Preempted(list(EXIT_CODES)[self.level - ASKED], told)
+
+
+def guarded(train: Callable[[Config, Guard], None], config: Config) -> None:
+    """Call `train(config, guard)`.
+
+    Where that raises OutOfMemory and the config has `auto_batch_size`, it is called again, from the last checkpoint, with fewer images
+    in a micro-batch and so many more micro-batches that an update sees as many. Raises InputError where that is not possible.
+    """
+    while True:
+        try:
+            with Guard() as guard:
+                return train(config, guard)
+        except OutOfMemory as error:
+            config = smaller(config, str(error))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def watched_memory() -> Iterator[None]:
+    """Within, the errors of a device or a host without memory become OutOfMemory."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(str(error).splitlines()[0] if str(error) else "out of memory") from None
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise OutOfMemory(str(error).splitlines()[0]) from None
+
+
+def smaller(config: Config, reason: str) -> Config:
+    """The config with the next smaller micro-batch for the same effective batch; raises InputError where that is not wanted or possible."""
+    images, accumulation = config.train_batch_size, config.gradient_accumulation_steps
+    less = next((size for size in range(images // 2, 0, -1) if images % size == 0), None)
+    if not config.auto_batch_size or less is None:
+        wanted = "--auto_batch_size, " if less and not config.auto_batch_size else ""
+        raise InputError(
+            f"out of memory with --train_batch_size {images} ({reason}): {wanted}--gradient_checkpointing, --mixed_precision bf16 or "
+            "--use_8bit_adam need less"
+        )
+    more = accumulation * (images // less)
+    print(f"out of memory with {images} images in a micro-batch: on with {less}, and {more} micro-batches in an update")
+    changes = {"train_batch_size": less, "gradient_accumulation_steps": more}
+    return replace(config, **changes, overwrite=False, resume_from_checkpoint="latest")

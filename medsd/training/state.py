@@ -1,0 +1,250 @@
+"""What learns: trained parameters, their average, their optimizer and learning rate; and one step of learning.
+
+An update whose loss or gradient is not finite is skipped on the device, without the host's looking: weights and the optimizer's
+state stay as they are, and it is counted.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from medsd.errors import InputError
+from medsd.training.stopwatch import Stopwatch
+
+MOST_SKIPPED = 20
+"""So many skipped updates in a row end a run. Mixed precision fp16 skips some in its first steps, while it looks for its scale."""
+Tensors = dict[str, torch.Tensor]
+
+
+class TrainState:
+    """Trained parameters by name, their moving average, the optimizer and the learning-rate schedule."""
+
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        optimizer: Any,
+        schedule: Any,
+        ema_decay: float | None,
+        watch: Stopwatch,
+    ) -> None:
+        self.parameters, self.optimizer, self.schedule, self.watch = parameters, optimizer, schedule, watch
+        self.losses: list[torch.Tensor] = []
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=watch.device)
+        """Updates that were skipped: all, and how many in a row."""
+        self.memory: Tensors = {"skipped": self.skipped}
+        """What else is changed in place while training, and saved with it."""
+        self.partners: dict[str, TrainState] = {}
+        """What learns beside this one, such as a discriminator: advanced once it learns, saved and restored with it."""
+        self.learning = False
+        self.ema = EMAModel(self.parameters.values(), decay=ema_decay, foreach=True) if ema_decay is not None else None
+
+    @property
+    def size(self) -> int:
+        """Number of trained parameters."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    @property
+    def learning_rate(self) -> float:
+        """The present one."""
+        return self.schedule.get_last_lr()[0]
+
+    def mean_loss(self, accelerator: Any) -> float | None:
+        """Over all micro-batches and processes since the last call, without those that are not finite; None where none is."""
+        losses = torch.stack(self.losses)
+        self.losses.clear()
+        finite = losses.isfinite()
+        total, count = accelerator.reduce(torch.stack([torch.where(finite, losses, 0.0).sum(), finite.sum()]), reduction="sum")
+        return (total / count).item() if count else None
+
+    def learn(self, accelerator: Any, loss: torch.Tensor, max_grad_norm: float) -> None:
+        """Backward pass of one micro-batch, and the optimizer's update after the last one."""
+        self.learning = True
+        self.losses.append(loss.detach())
+        self.watch.mark("forward")
+        # A loss that is not finite can have a finite gradient; here it becomes one that every process sees.
+        accelerator.backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan))
+        self.watch.mark("backward")
+        if accelerator.sync_gradients:
+            self._update(accelerator, max_grad_norm)
+        self.watch.mark("optimizer")
+
+    def _update(self, accelerator: Any, max_grad_norm: float) -> None:
+        """One step of the optimizer with clipped gradients, skipped where their norm is not finite."""
+        if accelerator.scaler is not None:
+            # Not accelerate's own clipping, which would also unscale the gradients of partners, which are not complete yet.
+            accelerator.unscale_gradients(self.optimizer)
+        norm = whole(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), max_grad_norm))
+        bad = ~norm.isfinite()
+        self.skipped.copy_(torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1) * bad]))
+        self._step_unless(bad, accelerator.scaler is not None)
+        self.optimizer.zero_grad()
+
+    def _step_unless(self, bad: torch.Tensor, scaled: bool) -> None:
+        """The optimizer's step; a gradient scaler looks for itself, and a fused optimizer on the device. Others make the host wait."""
+        optimizer = self.optimizer.optimizer
+        if scaled:
+            self.optimizer.step()
+        elif optimizer.defaults.get("fused"):
+            optimizer.found_inf = bad.float()
+            self.optimizer.step()
+        elif not bad.item():
+            self.optimizer.step()
+
+    def finish_update(self) -> None:
+        """Advance the learning rate and the moving average."""
+        self.schedule.step()
+        if self.ema is not None:
+            self.ema.step(self.parameters.values())
+        for partner in self.partners.values():
+            if partner.learning:
+                partner.finish_update()
+        self.watch.mark("optimizer")
+
+    def skipped_in_a_row(self) -> int:
+        """The host waits for the device here."""
+        return max(int(state.skipped[1]) for state in (self, *self.partners.values()))
+
+    def skipped_at_all(self) -> int:
+        """Updates that were skipped since the run began. The host waits for the device here."""
+        return sum(int(state.skipped[0]) for state in (self, *self.partners.values()))
+
+    def forget_row(self) -> None:
+        """Count skipped updates in a row anew."""
+        for state in (self, *self.partners.values()):
+            state.skipped[1] = 0
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the modules hold the averaged weights."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters.values())
+        self.ema.copy_to(self.parameters.values())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters.values())
+
+    def adopt_average(self) -> None:
+        """For good: the modules' weights become the averaged ones."""
+        if self.ema is not None:
+            self.ema.copy_to(self.parameters.values())
+
+    def files(self) -> Iterator[tuple[str, Tensors]]:
+        """All that changes, as (name, whole tensors), one file after the other; every process has to go through all of them."""
+        yield "weights", {name: whole(value) for name, value in self.parameters.items()}
+        if self.ema is not None:
+            yield "ema", {name: whole(value) for name, value in zip(self.parameters, self.ema.shadow_params, strict=True)}
+        yield "optimizer", {name: whole(value) for name, value in take_tensors(self.optimizer.state_dict())[1].items()}
+        yield "memory", self.memory
+        for name, partner in self.partners.items():
+            yield from ((f"{name}/{file}", tensors) for file, tensors in partner.files())
+
+    def record(self) -> dict[str, Any]:
+        """What changes and is no tensor, for JSON."""
+        return {
+            "optimizer": take_tensors(self.optimizer.state_dict())[0],
+            "schedule": self.schedule.last_epoch,
+            "ema_step": None if self.ema is None else self.ema.optimization_step,
+            "learning": self.learning,
+            "partners": {name: partner.record() for name, partner in self.partners.items()},
+        }
+
+    def restore(self, read: Callable[[str], Tensors], record: dict[str, Any]) -> None:
+        """Inverse of `files` and `record`; raises InputError where they are not of this model."""
+        for name in record["partners"].keys() ^ self.partners.keys():
+            there = "has a" if name in record["partners"] else "has no"
+            raise InputError(f"the checkpoint {there} {name}: resume with the flags it was trained with, or --overwrite")
+        for name, partner in self.partners.items():
+            partner.restore(lambda file, folder=name: read(f"{folder}/{file}"), record["partners"][name])
+        if self.ema is not None and record["ema_step"] is None:
+            raise InputError("the checkpoint has no moving average: resume with --no_use_ema")
+        self._put(self.parameters, read("weights"), "another model")
+        self._put(self.memory, read("memory"), "a run with another --timestep_sampling")
+        tensors, parameters = read("optimizer"), list(self.parameters.values())
+        self.optimizer.load_state_dict(put_tensors(record["optimizer"], tensors, lambda path, value: spread(value, path, parameters)))
+        self.schedule.last_epoch, self.learning = record["schedule"], record["learning"]
+        groups = self.optimizer.param_groups
+        for group, base, factor in zip(groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True):
+            group["lr"] = base * factor(self.schedule.last_epoch)
+        self.schedule._last_lr = [group["lr"] for group in groups]
+        if self.ema is not None:
+            self._put(dict(zip(self.parameters, self.ema.shadow_params, strict=True)), read("ema"), "another model")
+            self.ema.optimization_step = record["ema_step"]
+
+    @staticmethod
+    @torch.no_grad()
+    def _put(targets: Mapping[str, torch.Tensor], values: Tensors, origin: str) -> None:
+        """Copy `values` into tensors of the same names."""
+        if values.keys() != targets.keys() or any(values[name].shape != target.shape for name, target in targets.items()):
+            raise InputError(f"the checkpoint is of {origin}: resume with the flags it was trained with, or --overwrite")
+        for name, target in targets.items():
+            target.copy_(alike(values[name], target))
+
+
+def trained_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters that require a gradient, by name."""
+    return {name: value for name, value in module.named_parameters() if value.requires_grad}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, gathered where processes hold shards of it (FSDP)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def alike(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`value` sharded as `target` is, where that is."""
+    if not isinstance(target, DTensor):
+        return value
+    return distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements)
+
+
+def spread(value: torch.Tensor, path: str, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """A tensor of an optimizer's state, `optimizer/state/NUMBER/NAME`, sharded as its parameter is where it has the same shape."""
+    parts = path.split("/")
+    parameter = parameters[int(parts[2])] if parts[1] == "state" else None
+    return alike(value, parameter) if parameter is not None and parameter.shape == value.shape else value
+
+
+def random_states(accelerator: Any) -> Tensors:
+    """States of torch's global generators, one row for each process: models with dropout draw from them."""
+    device = accelerator.device
+    states = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    return {name: accelerator.gather(state[None].to(device)).cpu() for name, state in states.items()}
+
+
+def restore_random_states(accelerator: Any, states: Tensors) -> None:
+    """Inverse of `random_states`; a process that was not there takes one of the others' states."""
+    rows = {name: rows[accelerator.process_index % len(rows)].clone() for name, rows in states.items()}
+    torch.set_rng_state(rows["cpu"])
+    if accelerator.device.type == "cuda" and "cuda" in rows:
+        torch.cuda.set_rng_state(rows["cuda"], accelerator.device)
+
+
+def take_tensors(value: Any, path: str = "optimizer") -> tuple[Any, Tensors]:
+    """Nested dicts and lists for JSON, in which each tensor's path stands in its place; and the tensors by path."""
+    tensors: Tensors = {}
+
+    def take(value: Any, path: str) -> Any:
+        if torch.is_tensor(value):
+            tensors[path] = value.detach()
+            return {"tensor": path}
+        if isinstance(value, dict):
+            return {str(key): take(item, f"{path}/{key}") for key, item in value.items()}
+        return [take(item, f"{path}/{index}") for index, item in enumerate(value)] if isinstance(value, list | tuple) else value
+
+    return take(value, path), tensors
+
+
+def put_tensors(record: Any, tensors: Tensors, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
+    """Inverse of `take_tensors`, `change(path, tensor)` in each one's place; keys that were numbers become numbers again."""
+    if isinstance(record, dict):
+        if record.keys() == {"tensor"}:
+            return change(record["tensor"], tensors[record["tensor"]])
+        return {int(key) if key.isdigit() else key: put_tensors(item, tensors, change) for key, item in record.items()}
+    return [put_tensors(item, tensors, change) for item in record] if isinstance(record, list) else record
