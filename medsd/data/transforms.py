@@ -5,8 +5,10 @@ The loader hands over source integers; intensity map, shrinking and augmentation
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +19,11 @@ from medsd.data.dataset import DataInfo
 from medsd.data.intensity import IntensityMap, label_channels
 from medsd.errors import InputError
 from medsd.randomness import Randomness, integers, uniform
+
+PATIENCE = 300.0
+"""Seconds after which a batch that is not read is given up: a network disk may be slow, but not so slow."""
+Task = tuple[list[int], "Future[dict[str, torch.Tensor]]"]
+"""Rows to read, and the batch that is promised."""
 
 
 @dataclass(frozen=True)
@@ -266,19 +273,51 @@ def _ranges(ranges: Any) -> np.ndarray:
     return np.asarray(ranges.to_pylist(), np.float32)
 
 
-def training_loader(rows: TrainingRows, order: Iterable[list[int]], num_workers: int) -> Iterator[dict[str, torch.Tensor]]:
+def training_loader(
+    rows: TrainingRows, order: Iterable[list[int]], num_workers: int, patience: float = PATIENCE
+) -> Iterator[dict[str, torch.Tensor]]:
     """The rows' batches in the given order; each of `num_workers` threads reads up to two batches ahead.
 
-    Threads are enough, because reading is copying from mapped memory, and they spare each batch the way between two processes.
+    Threads are enough, because reading is copying from mapped memory, and they spare each batch the way between two processes. Raises
+    what a thread raises, and InputError where it takes longer than `patience` seconds.
     """
     if num_workers == 0:
         yield from map(rows.__getitem__, order)
         return
-    with ThreadPoolExecutor(num_workers) as pool:
-        ahead: deque[Future[dict[str, torch.Tensor]]] = deque()
+    tasks: SimpleQueue[Task | None] = SimpleQueue()
+    for _ in range(num_workers):
+        Thread(target=_read, args=(rows, tasks), daemon=True).start()  # One that hangs must not keep the process alive.
+    ahead: deque[Task] = deque()
+    try:
         for indices in order:
-            ahead.append(pool.submit(rows.__getitem__, indices))
+            ahead.append((indices, Future()))
+            tasks.put(ahead[-1])
             if len(ahead) > 2 * num_workers:
-                yield ahead.popleft().result()
-        for batch in ahead:
-            yield batch.result()
+                yield _awaited(*ahead.popleft(), patience)
+        while ahead:
+            yield _awaited(*ahead.popleft(), patience)
+    finally:
+        for _ in range(num_workers):
+            tasks.put(None)
+
+
+def _read(rows: TrainingRows, tasks: "SimpleQueue[Task | None]") -> None:
+    """A reader's life."""
+    while (task := tasks.get()) is not None:
+        indices, batch = task
+        try:
+            batch.set_result(rows[indices])
+        except BaseException as error:
+            batch.set_exception(error)
+
+
+def _awaited(indices: list[int], batch: "Future[dict[str, torch.Tensor]]", patience: float) -> dict[str, torch.Tensor]:
+    try:
+        return batch.result(patience)
+    except TimeoutError as error:
+        if batch.done():
+            raise
+        raise InputError(
+            f"rows {indices} were not read within {patience:g} s: is the disk of the data set (or of HF_HOME) there? Go on with "
+            "--resume_from_checkpoint latest, with --dataloader_num_workers 0 if it happens again"
+        ) from error
