@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.kill_prepare import digests
 from benchmarks.kill_training import FLAGS, prepare_data
@@ -58,11 +59,11 @@ class KilledSaves:
     """In the place of `save_checkpoint`: after the first save, each is tried by a fork that is killed, and then done."""
 
     def __init__(self, seed: int) -> None:
-        self.rng, self.requests = random.Random(seed), Requests()
+        self.rng, self.requests, self.lines = random.Random(seed), Requests(), sys.stdout
         self.before: dict[str, str] = {}
         """Files of the last checkpoint."""
-        self.longest, self.most = 0.0, 0
-        """Seconds and requests of a save."""
+        self.seconds, self.count = 0.0, 0
+        """How long the last save took, and how many requests."""
         self.outcomes: Counter[str] = Counter()
         self.wrong = 0
 
@@ -70,7 +71,7 @@ class KilledSaves:
         found = self._try(run, step, *content) if self.before else None
         begin, first = time.perf_counter(), self.requests.count
         final = save_checkpoint(run, step, *content)
-        self.longest, self.most = max(self.longest, time.perf_counter() - begin), max(self.most, self.requests.count - first)
+        self.seconds, self.count = time.perf_counter() - begin, self.requests.count - first
         after = digests(final)
         if found is not None:
             self._judge(step, *found, after, sorted(path.name for path in run.glob(".checkpoint-*")))
@@ -78,21 +79,24 @@ class KilledSaves:
         return final
 
     def _try(self, run: Path, step: int, *content: Any) -> tuple[str, str, dict[str, str]]:
-        """Save in a fork that is killed; returns when, hidden folders that are left, and files of the checkpoint that `latest` finds."""
-        by_time = self.rng.random() < 0.5
-        seconds, request = self.rng.uniform(0, self.longest), self.rng.randint(1, self.most)
-        pid = os.fork()
-        if pid == 0:
-            self.requests.fatal = 0 if by_time else self.requests.count + request
-            save_checkpoint(run, step, *content)
-            os._exit(0)
-        if by_time:
-            time.sleep(seconds)
-            os.kill(pid, signal.SIGKILL)
-        killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        when = f"after {seconds:.3f} s" if by_time else f"at request {request}"
+        """Save in a fork that is killed; returns when, hidden folders that are left, and files of the checkpoint that `latest` finds.
+
+        A fork that has saved before it could be killed is followed by another, which saves over that.
+        """
+        code = 0
+        while code != -signal.SIGKILL:
+            by_time, seconds, request = self.rng.random() < 0.5, self.rng.uniform(0, self.seconds), self.rng.randint(1, self.count)
+            pid = os.fork()
+            if pid == 0:
+                self.requests.fatal = 0 if by_time else self.requests.count + request
+                save_checkpoint(run, step, *content)
+                os._exit(0)
+            if by_time:
+                time.sleep(seconds)
+                os.kill(pid, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         left = " ".join(sorted(path.name for path in run.glob(".checkpoint-*")))
-        return when if killed else f"{when} (had ended)", left, found_by_latest(run)
+        return f"after {seconds:.3f} s" if by_time else f"at request {request}", left, found_by_latest(run)
 
     def _judge(self, step: int, when: str, left: str, found: dict[str, str], after: dict[str, str], hidden: list[str]) -> None:
         """A line about an attempt."""
@@ -101,7 +105,7 @@ class KilledSaves:
         self.wrong += outcome == "WRONG" or bool(hidden)
         self.outcomes[outcome] += 1
         remark = f"; NOT cleaned: {' '.join(hidden)}" if hidden else ""
-        print(f"{step - 1:>4}  {when:<26}{left or '-':<46}{outcome}{remark}", flush=True)
+        print(f"{step - 1:>4}  {when:<16}{left or '-':<46}{outcome}{remark}", file=self.lines, flush=True)
 
 
 def found_by_latest(run: Path) -> dict[str, str]:
@@ -116,22 +120,17 @@ def train(folder: Path, updates: int, save: Save = save_checkpoint) -> Path:
     """Train the tiny preset on a phantom, with a checkpoint after each update, by way of `save`."""
     flags = {"max_train_steps": updates, "validation_steps": 0, "checkpointing_steps": 1, "lr_scheduler": "constant"}
     run = folder / "run"
-    config = FinetuneUNetConfig(dataset_name=str(prepare_data(folder)), output_dir=str(run), **(FLAGS | flags))
-    loop.save_checkpoint, before = save, loop.save_checkpoint
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            finetune_unet.main(config)
-    finally:
-        loop.save_checkpoint = before
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), patch.object(loop, "save_checkpoint", save):
+        finetune_unet.main(FinetuneUNetConfig(dataset_name=str(prepare_data(folder)), output_dir=str(run), **(FLAGS | flags)))
     return run
 
 
 def kill_saves(folder: Path, saves: int, seed: int) -> int:
     """Kill so many saves; prints a line for each, and returns how many went wrong."""
-    print(f"{'save':>4}  {'killed':<26}{'hidden folders left by the kill':<46}latest finds")
+    print(f"{'save':>4}  {'killed':<16}{'hidden folders left by the kill':<46}latest finds")
     killed = KilledSaves(seed)
     train(folder, saves + 1, killed)
-    print(f"{sum(killed.outcomes.values())} saves of {killed.most} requests each: {dict(killed.outcomes)}; {killed.wrong} wrong")
+    print(f"{killed.outcomes.total()} saves, {killed.count} requests each: latest found {dict(killed.outcomes)}; {killed.wrong} wrong")
     return killed.wrong
 
 
@@ -155,7 +154,7 @@ def delete(content: bytes, rng: random.Random) -> None:
 def damage_once(run: Path, rng: random.Random) -> tuple[str, str | None, bool]:
     """Spoil a file for a while; returns what was done, what `damage` says, and whether `latest` finds the checkpoint before, whole."""
     before, newest = checkpoints(run)
-    whole, file = digests(before), rng.choice(sorted(path for path in newest.iterdir()))
+    whole, file = digests(before), rng.choice(sorted(newest.iterdir()))
     spoil, content = rng.choice([truncate, flip, append, delete]), file.read_bytes()
     spoiled = spoil(content, rng)
     file.unlink() if spoiled is None else file.write_bytes(spoiled)

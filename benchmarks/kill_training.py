@@ -38,6 +38,7 @@ from medsd.data.phantom import write_phantom
 from medsd.data.prepare import PrepareOptions, prepare_phantom
 from medsd.training.checkpoint import checkpoints, damage, step_of
 
+HOME = Path(__file__).parents[1]
 PHASES = {
     "data": ("medsd.data.transforms:TrainingRows", "__getitem__"),
     "forward": ("medsd.models.unet:PromptedUNet", "forward"),
@@ -205,13 +206,23 @@ def child(flags: dict[str, Any], rows: str, point: dict[str, Any] | None, pipe: 
         Path(seconds).write_text(json.dumps({phase: list(found.values()) for phase, found in measured.items()}))
 
 
+def log_of(rows: Path) -> Path:
+    """Where a process says what it says, beside the rows that it notes."""
+    return rows.with_name(f"{rows.name}.log")
+
+
+def last_line(path: Path) -> str:
+    return path.read_text().strip().rpartition("\n")[2]
+
+
 def train(flags: dict[str, Any], rows: Path, point: Point | None = None, seconds: Path | None = None) -> int:
-    """Train in a process of its own, which `point` kills; returns its exit code. What it says is in a file beside `rows`."""
+    """Train in a process of its own, which `point` kills; returns its exit code."""
     reading, writing = os.pipe()
     task = {"flags": flags, "rows": str(rows), "point": asdict(point) if point else None, "pipe": writing}
-    command = [sys.executable, __file__, "--child", json.dumps(task | {"seconds": str(seconds) if seconds else None})]
-    with rows.with_suffix(".log").open("w") as words:
-        process = subprocess.Popen(command, stdout=words, stderr=words, pass_fds=[writing], env=os.environ | QUIET)
+    task["seconds"] = str(seconds) if seconds else None
+    command = [sys.executable, "-m", "benchmarks.kill_training", "--child", json.dumps(task)]
+    with log_of(rows).open("w") as words:
+        process = subprocess.Popen(command, cwd=HOME, stdout=words, stderr=words, pass_fds=[writing], env=os.environ | QUIET)
     os.close(writing)
     if os.read(reading, 1):  # Empty where the process ended without a word.
         time.sleep(point.delay)
@@ -222,7 +233,7 @@ def train(flags: dict[str, Any], rows: Path, point: Point | None = None, seconds
 
 def train_or_exit(flags: dict[str, Any], rows: Path, seconds: Path | None = None) -> None:
     if train(flags, rows, seconds=seconds):
-        raise SystemExit(rows.with_suffix(".log").read_text())
+        raise SystemExit(log_of(rows).read_text())
 
 
 def outcome(run: Path) -> dict[str, str]:
@@ -271,9 +282,9 @@ def kill_once(run: Path, variant: Variant, reference: Reference, point: Point) -
     wrong = ["it was not killed"] if train(flags, first, point) != -signal.SIGKILL else []
     kept = checkpoints(run)
     wrong += [f"{path.name}: {why}" for path in kept if (why := damage(path))]
-    if code := train(flags | {"resume_from_checkpoint": "latest"}, second):
-        wrong.append(f"the second run ended with {code}: {second.with_suffix('.log').read_text().strip().splitlines()[-1]}")
-    found = outcome(run)
+    code = train(flags | {"resume_from_checkpoint": "latest"}, second)
+    wrong += [f"the second run ended with {code}: {last_line(log_of(second))}"] if code else []
+    found = outcome(run) if not code else {}
     wrong += [f"{name} differs" for name, digest in reference.outcome.items() if found.get(name) != digest]
     wrong += differing_rows(read_rows(first), read_rows(second), reference.rows)
     left = sorted(found.keys() - reference.outcome.keys())

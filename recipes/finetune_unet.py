@@ -44,7 +44,7 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     from medsd.training.checkpoint import find_checkpoint
     from medsd.training.guard import watched_memory
     from medsd.training.record import RunRecord
-    from medsd.training.setup import build_accelerator, clear_output, eight_bit_adam
+    from medsd.training.setup import build_accelerator, check_launch, clear_output, eight_bit_adam
 
     quiet_libraries()
     output_dir = Path(config.output_dir)
@@ -53,6 +53,7 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
         check_output(output_dir, config.overwrite, inputs, "finetune_unet.py")
     checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
     accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed, config.allow_tf32)
+    check_launch(accelerator, config.auto_batch_size, may_shard=True)
     with accelerator.main_process_first():
         info = data_info(config)
     pipe = build_pipeline(config, info)

@@ -57,7 +57,7 @@ def fine_tune(config: FinetuneVAEConfig, guard: "Guard") -> None:
     from medsd.training.checkpoint import find_checkpoint
     from medsd.training.guard import watched_memory
     from medsd.training.record import RunRecord
-    from medsd.training.setup import build_accelerator, clear_output, eight_bit_adam
+    from medsd.training.setup import build_accelerator, check_launch, clear_output, eight_bit_adam
 
     quiet_libraries()
     output_dir = Path(config.output_dir)
@@ -65,6 +65,7 @@ def fine_tune(config: FinetuneVAEConfig, guard: "Guard") -> None:
         check_output(output_dir, config.overwrite, [config.pretrained_model_name_or_path, config.dataset_name], "finetune_vae.py")
     checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
     accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed, config.allow_tf32)
+    check_launch(accelerator, config.auto_batch_size, may_shard=False)
     with accelerator.main_process_first():
         prepare_default(config.dataset_name, FinetuneVAEConfig().dataset_name)
     info = at_resolution(load_info(config.dataset_name), config.resolution)

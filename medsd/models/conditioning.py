@@ -118,16 +118,16 @@ def drop_prompts(prompts: torch.Tensor, empty: int, proportion: float, draws: Ra
     return torch.where(dropped, empty, prompts)
 
 
-def train_only_tokens(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, tokens: Sequence[str]) -> bool:
-    """Freeze the text encoder but for the embeddings of `tokens`; returns whether there are any."""
+def train_only_tokens(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, tokens: Sequence[str]) -> None:
+    """Freeze the text encoder but for the embeddings of `tokens`, if there are any.
+
+    The table's attribute `learns` `(V, 1)` is 1 for their rows: the trainer multiplies its gradient by that.
+    """
     text_encoder.requires_grad_(False)
-    if not tokens:
-        return False
-    weight = text_encoder.get_input_embeddings().weight.requires_grad_(True)
-    learns = torch.zeros(len(weight), 1)
-    learns[tokenizer.convert_tokens_to_ids(list(tokens))] = 1
-    weight.register_hook(lambda gradient: gradient * learns.to(gradient))
-    return True
+    if tokens:
+        weight = text_encoder.get_input_embeddings().weight.requires_grad_(True)
+        weight.learns = torch.zeros(len(weight), 1)
+        weight.learns[tokenizer.convert_tokens_to_ids(list(tokens))] = 1
 
 
 @torch.no_grad()

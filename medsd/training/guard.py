@@ -56,7 +56,7 @@ class Guard:
 
     def __enter__(self) -> "Guard":
         for number in EXIT_CODES if threading.current_thread() is threading.main_thread() else ():
-            if signal.getsignal(number) != signal.SIG_IGN:  # Ignored on purpose, as by nohup.
+            if number not in {signal.SIGHUP, signal.SIGINT} or signal.getsignal(number) != signal.SIG_IGN:  # As by nohup and by &.
                 self.before[number] = signal.signal(number, self._note)
         return self
 

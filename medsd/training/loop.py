@@ -105,18 +105,20 @@ class Loop:
 
     def _look(self, step: int, write: Write) -> None:
         """By the main process. A signal breaks it off: it can be made up for, and the checkpoint comes first."""
-        if self.accelerator.is_main_process:
+        with self.state.averaged():
+            if not self.accelerator.is_main_process:
+                return
             try:
-                with self.guard.waits(False), self.state.averaged(), self.accelerator.autocast():
+                with self.guard.waits(False), self.accelerator.autocast():
                     if self.best.improved(step, self.look(step, write)):
                         self._keep_best()
             except Preempted:
                 return
-            if self.best.hopeless:
-                self.record.reason = f"no better look in {self.best.patience}: the best one was {self.best}"
-                write(f"{self.record.reason}; see {self.record.folder / 'best'}")
-                self.guard.enough()
         self.looked = step
+        if self.best.hopeless:
+            self.record.reason = f"no better look in {self.best.patience}: the best one was {self.best}"
+            write(f"{self.record.reason}; see {self.record.folder / 'best'}")
+            self.guard.enough()
 
     def _keep_best(self) -> None:
         final = self.record.folder / "best"

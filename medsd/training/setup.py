@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from medsd.errors import InputError
 from medsd.randomness import Part, Randomness, normal
 from medsd.runtime import LONGEST_WAIT, use_all_cores
 from medsd.training.checkpoint import check_same, read_record, read_tensors
+from medsd.training.sharding import Mirror, alike, configure
 from medsd.training.state import TrainState, restore_random_states, trained_parameters
 from medsd.training.stopwatch import Stopwatch
 
@@ -45,6 +47,18 @@ def build_accelerator(mixed_precision: str, accumulation: int, seed: int, allow_
     return accelerator
 
 
+def check_launch(accelerator: Any, auto_batch_size: bool, may_shard: bool) -> None:
+    """Raise InputError for a way of launching that this run does not know."""
+    kind, config = accelerator.distributed_type, "recipes/configs/accelerate"
+    if kind not in {"NO", "MULTI_GPU", "MULTI_CPU", "FSDP"}:
+        raise InputError(f"a launch as {kind.value} is not known: {config}/ddp.yaml and fsdp2.yaml are, and train.sbatch for several nodes")
+    if kind == "FSDP" and not (may_shard and accelerator.is_fsdp2):
+        known = f"{config}/fsdp2.yaml has version 2" if may_shard else f"an autoencoder fits one GPU, use {config}/ddp.yaml"
+        raise InputError(f"a launch as FSDP: {known}")
+    if auto_batch_size and accelerator.num_processes > 1:
+        raise InputError("--auto_batch_size is for one process: find the micro-batch with one, then give it as --train_batch_size")
+
+
 def clear_output(accelerator: Any, folder: Path, overwrite: bool) -> None:
     """With `overwrite`, empty a folder that `check_output` allowed; everything that can be refused has been refused by then."""
     if overwrite and accelerator.is_main_process:
@@ -72,6 +86,12 @@ def start(
 
     Returns the state, and the module prepared for the accelerator and in training mode.
     """
+    masks = {name: value.learns for name, value in trained_parameters(module).items() if hasattr(value, "learns")}
+    mirror = None
+    if accelerator.distributed_type == "FSDP":
+        mirror = Mirror(trained_parameters(module), accelerator.is_main_process)
+        module = deepcopy(module)
+        configure(accelerator, module)
     if accelerator.device.type == "cuda":
         module.to(memory_format=torch.channels_last)
     if chosen.compile:
@@ -80,8 +100,9 @@ def start(
     schedule = build_schedule(optimizer, chosen.lr_scheduler, chosen.lr_warmup_steps, chosen.max_train_steps)
     network, prepared = accelerator.prepare(module, optimizer)
     parameters = trained_parameters(accelerator.unwrap_model(network))
-    decay = EMA_DECAY if chosen.use_ema else None
-    return TrainState(parameters, prepared, schedule, decay, watch or Stopwatch(accelerator.device)), network.train()
+    masks = {name: alike(mask.to(accelerator.device), parameters[name]) for name, mask in masks.items()}
+    decay, watch = EMA_DECAY if chosen.use_ema else None, watch or Stopwatch(accelerator.device)
+    return TrainState(parameters, prepared, schedule, decay, watch, masks, mirror), network.train()
 
 
 def resume(

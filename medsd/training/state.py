@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from medsd.errors import InputError
+from medsd.training.sharding import Mirror, alike, rejoined, shard, whole
 from medsd.training.stopwatch import Stopwatch
 
 MOST_SKIPPED = 20
@@ -30,8 +30,11 @@ class TrainState:
         schedule: Any,
         ema_decay: float | None,
         watch: Stopwatch,
+        masks: Tensors,
+        mirror: Mirror | None = None,
     ) -> None:
         self.parameters, self.optimizer, self.schedule, self.watch = parameters, optimizer, schedule, watch
+        self.masks, self.mirror = masks, mirror
         self.losses: list[torch.Tensor] = []
         self.skipped = torch.zeros(2, dtype=torch.int64, device=watch.device)
         """Updates that were skipped: all, and how many in a row."""
@@ -40,7 +43,11 @@ class TrainState:
         self.partners: dict[str, TrainState] = {}
         """What learns beside this one, such as a discriminator: advanced once it learns, saved and restored with it."""
         self.learning = False
-        self.ema = EMAModel(self.parameters.values(), decay=ema_decay, foreach=True) if ema_decay is not None else None
+        self.ema = EMAModel(self._shards(), decay=ema_decay, foreach=True) if ema_decay is not None else None
+
+    def _shards(self) -> list[torch.Tensor]:
+        """What this process holds of each parameter."""
+        return [shard(parameter) for parameter in self.parameters.values()]
 
     @property
     def size(self) -> int:
@@ -77,6 +84,8 @@ class TrainState:
         if accelerator.scaler is not None:
             # Not accelerate's own clipping, which would also unscale the gradients of partners, which are not complete yet.
             accelerator.unscale_gradients(self.optimizer)
+        for name, mask in self.masks.items():
+            self.parameters[name].grad.mul_(mask)
         norm = whole(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), max_grad_norm))
         bad = ~norm.isfinite()
         self.skipped.copy_(torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1) * bad]))
@@ -98,7 +107,7 @@ class TrainState:
         """Advance the learning rate and the moving average."""
         self.schedule.step()
         if self.ema is not None:
-            self.ema.step(self.parameters.values())
+            self.ema.step(self._shards())
         for partner in self.partners.values():
             if partner.learning:
                 partner.finish_update()
@@ -119,27 +128,31 @@ class TrainState:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the modules hold the averaged weights."""
-        if self.ema is None:
+        """Within, the plain modules hold the averaged weights. Every process has to enter."""
+        if self.ema is None or self.mirror is not None:
+            self.adopt_average()
             yield
             return
         self.ema.store(self.parameters.values())
-        self.ema.copy_to(self.parameters.values())
+        self.adopt_average()
         try:
             yield
         finally:
             self.ema.restore(self.parameters.values())
 
     def adopt_average(self) -> None:
-        """For good: the modules' weights become the averaged ones."""
-        if self.ema is not None:
+        """For good: the plain modules' weights become the averaged ones. Every process has to call it."""
+        if self.mirror is not None:
+            self.mirror.follow(self.parameters, None if self.ema is None else self.ema.shadow_params)
+        elif self.ema is not None:
             self.ema.copy_to(self.parameters.values())
 
     def files(self) -> Iterator[tuple[str, Tensors]]:
         """All that changes, as (name, whole tensors), one file after the other; every process has to go through all of them."""
         yield "weights", {name: whole(value) for name, value in self.parameters.items()}
         if self.ema is not None:
-            yield "ema", {name: whole(value) for name, value in zip(self.parameters, self.ema.shadow_params, strict=True)}
+            averages = zip(self.parameters.items(), self.ema.shadow_params, strict=True)
+            yield "ema", {name: rejoined(average, parameter) for (name, parameter), average in averages}
         yield "optimizer", {name: whole(value) for name, value in take_tensors(self.optimizer.state_dict())[1].items()}
         yield "memory", self.memory
         for name, partner in self.partners.items():
@@ -174,7 +187,9 @@ class TrainState:
             group["lr"] = base * factor(self.schedule.last_epoch)
         self.schedule._last_lr = [group["lr"] for group in groups]
         if self.ema is not None:
-            self._put(dict(zip(self.parameters, self.ema.shadow_params, strict=True)), read("ema"), "another model")
+            averages = read("ema")
+            shards = {name: shard(alike(averages[name], parameter)) for name, parameter in self.parameters.items()}
+            self._put(dict(zip(self.parameters, self.ema.shadow_params, strict=True)), shards, "another model")
             self.ema.optimization_step = record["ema_step"]
 
     @staticmethod
@@ -190,18 +205,6 @@ class TrainState:
 def trained_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Parameters that require a gradient, by name."""
     return {name: value for name, value in module.named_parameters() if value.requires_grad}
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, gathered where processes hold shards of it (FSDP)."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def alike(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`value` sharded as `target` is, where that is."""
-    if not isinstance(target, DTensor):
-        return value
-    return distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements)
 
 
 def spread(value: torch.Tensor, path: str, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
