@@ -26,4 +26,7 @@ def lora_layers(unet: UNet2DConditionModel) -> tuple[dict[str, Any], dict[str, A
     from peft.utils import get_peft_model_state_dict
 
     (adapter,) = unet.peft_config
-    return get_peft_model_state_dict(unet, adapter_name=adapter), unet.peft_config[adapter].to_dict()
+    metadata = unet.peft_config[adapter].to_dict()
+    # Sets have another order in every process, and the same adapters should be the same file.
+    ordered = {name: sorted(value) if isinstance(value, set) else value for name, value in metadata.items()}
+    return get_peft_model_state_dict(unet, adapter_name=adapter), ordered
