@@ -203,7 +203,8 @@ def child(flags: dict[str, Any], rows: str, point: dict[str, Any] | None, pipe: 
     measured = {phase: measure(phase) for phase in PHASES} if seconds is not None else {}
     finetune_unet.main(FinetuneUNetConfig(**flags))
     if seconds is not None:
-        Path(seconds).write_text(json.dumps({phase: list(found.values()) for phase, found in measured.items()}))
+        ended = {phase: [value for value in list(found.values()) if value > 0] for phase, found in measured.items()}
+        Path(seconds).write_text(json.dumps(ended))  # A loader's thread may be within a call even now.
 
 
 def log_of(rows: Path) -> Path:

@@ -171,3 +171,14 @@ def test_a_foreign_latent_space_is_warned_about(phantom_data, tmp_path, trained,
     build_vae(PRESETS["tiny"], 1).save_pretrained(tmp_path / "other")
     train_unet(phantom_data, tmp_path / "full", vae=str(tmp_path / "other"), pretrained_model_name_or_path=str(base))
     assert "must be trained in full" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [{}, {"rank": 2, "learning_rate": 0.01}])
+def test_the_best_look_is_a_whole_autoencoder(phantom_data, tmp_path, trained, flags):
+    """At the last step the best look and the run's own folder are the same model; adapters are merged in both."""
+    start = {"pretrained_model_name_or_path": str(trained["kl"])}
+    folder = train(phantom_data, tmp_path / "vae", max_train_steps=3, validation_steps=3, **start, **flags)
+    best, final = (load_vae(str(path)) for path in (folder / "best", folder))
+    assert best.config.latents_mean == final.config.latents_mean and json.loads((folder / "best" / "medsd.json").read_text())["codec"]
+    weights = final.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in best.state_dict().items())

@@ -9,7 +9,7 @@ from medsd.errors import InputError
 from medsd.models.conditioning import WHOLE_TABLE, encode, encode_chosen
 from medsd.models.presets import Preset
 
-MOST_CONDITIONS = 4096
+MOST_CONDITIONS = 1024
 """Prompts whose conditions are kept; of more, those of a batch are computed when they are needed."""
 
 
