@@ -52,6 +52,7 @@ from medsd.models.autoencoders import build_vae
 from medsd.models.presets import PRESETS
 from medsd.training.prompts import row_prompts
 from medsd.training.record import PACKAGES
+from medsd.training.stopwatch import PEAKS
 from recipes import finetune_unet
 
 CHANGES: dict[str, dict[str, bool]] = {
@@ -68,8 +69,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sd15": {"resolution": 512, "mixed_precision": "bf16", "batch_size": 8, "updates": 40, "sides": list(CHANGES)},
 }
 """Side of the phantom in pixels, precision, and defaults of flags."""
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}
-"""Dense bf16 FLOP/s by a part of the GPU's name."""
 
 
 def parse_flags() -> argparse.Namespace:
@@ -290,7 +289,7 @@ def compare(chosen: argparse.Namespace) -> None:
         print(f"turn {number + 1}:", ", ".join(f"{side} {found['images_per_second']:.2f}" for side, found in turns[-1].items()), flush=True)
     if len(trained := {found["trained_parameters"] for turn in turns for found in turn.values()}) > 1:
         sys.exit(f"the sides do not train the same parameters: {trained}")
-    peak = next((value for name, value in PEAKS.items() if name in (known["gpu"] or "")), None)
+    peak = next((value for (name, kind), value in PEAKS.items() if kind == "bf16" and name in (known["gpu"] or "")), None)
     sides = {side: summary(side, turns, known["flops_per_image"], peak) for side in chosen.sides}
     print(f"{'':<16} {'images/s':>10} {'GPU memory':>10} {'of peak':>8}  median ratio [min, max]")
     print(*[described(side, found) for side, found in sides.items()], sep="\n")

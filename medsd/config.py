@@ -494,6 +494,8 @@ class FinetuneVAEConfig(FinetuneConfig):
             raise InputError("--decoder_only keeps a pretrained encoder: give --pretrained_model_name_or_path")
         if self.best_metric != "loss":
             raise InputError(f"--best_metric {self.best_metric} is for a UNet; an autoencoder's is its held-out loss")
+        if self.mixed_precision == "fp16" and self.discriminator is not None:
+            raise InputError("--mixed_precision fp16 cannot scale the losses of a discriminator and of what it judges: use bf16 or no")
         if self.perceptual_model is not None and self.perceptual_weight == 0:
             raise InputError("--perceptual_model belongs to a --perceptual_weight above 0: give both")
         if self.gan_weight == 0 and self.gan_start is not None:

@@ -8,7 +8,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,42 @@ def replace_folder(made: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def replacing(final: Path, otherwise: str = "") -> Iterator[Path]:
+    """A hidden folder to fill, which takes the place of `final` at the end.
+
+    Raises InputError where it cannot be written, saying `otherwise`; then `final` is as it was.
+    """
+    made = final.with_name(f".{final.name}.partial")
+    try:
+        with writing(final, otherwise):
+            yield partial_folder(final)
+            replace_folder(made, final)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path, otherwise: str = "") -> Iterator[None]:
+    """Within, a full disk and the like become an InputError that names `path`, and says `otherwise`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        hint = f"; {otherwise}" if otherwise else ""
+        raise InputError(f"{path} could not be written ({error}): make room there, or the right to write{hint}") from error
+
+
+def recover_folder(final: Path) -> None:
+    """Undo what a kill left of `replacing`: the old folder comes back where the new one has not taken its place."""
+    old = final.with_name(f".{final.name}.old")
+    if old.is_dir() and not final.exists():
+        os.replace(old, final)
+    for rest in (old, final.with_name(f".{final.name}.partial")):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
 def cache_folder(kind: str) -> Path:
     """Where what can be computed again is kept between runs: below `HF_HOME`, beside the cache of data sets."""
     from huggingface_hub.constants import HF_HOME
@@ -103,6 +140,7 @@ def follow_launcher() -> None:
     except OSError:
         return
     if not any(word in parent for word in (b"python", b"accelerate", b"torchrun")):
+        print(f"error: the launcher that set {' or '.join(LAUNCHED)} is gone; unset them to train without one", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
 
 

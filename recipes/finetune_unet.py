@@ -41,18 +41,17 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     from medsd.data.intensity import label_channels
     from medsd.data.transforms import sample_rows
     from medsd.runtime import check_output, quiet_libraries
-    from medsd.training.checkpoint import find_checkpoint
     from medsd.training.guard import watched_memory
     from medsd.training.record import RunRecord
-    from medsd.training.setup import build_accelerator, check_launch, clear_output, eight_bit_adam
+    from medsd.training.setup import build_accelerator, check_launch, choose_checkpoint, clear_output, eight_bit_adam
 
     quiet_libraries()
     output_dir = Path(config.output_dir)
     if not config.resume_from_checkpoint:
         inputs = [config.pretrained_model_name_or_path, config.vae, config.dataset_name]
         check_output(output_dir, config.overwrite, inputs, "finetune_unet.py")
-    checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
     accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed, config.allow_tf32)
+    checkpoint = choose_checkpoint(accelerator, output_dir, config.resume_from_checkpoint)
     check_launch(accelerator, config.auto_batch_size, may_shard=True)
     with accelerator.main_process_first():
         info = data_info(config)
@@ -248,6 +247,7 @@ def train(
     from medsd.models.unet import PromptedUNet, attention_kernel
     from medsd.objectives.diffusion import denoising_error, draw_noise, draw_perturbation, elementwise_loss, hybrid_error, min_snr_weights
     from medsd.objectives.timesteps import timestep_sampler
+    from medsd.runtime import writing
     from medsd.training.best import Best
     from medsd.training.loop import Cadence, Loop
     from medsd.training.preview import HeldOut
@@ -267,7 +267,9 @@ def train(
     schedule, empty = pipe.noise_schedule, len(table.prompts) - 1
     weights = min_snr_weights(schedule, default_snr_gamma(config, pipe)).to(accelerator.device)
     sampler = timestep_sampler(config.timestep_sampling, len(weights), accelerator.device, accelerator.gather)
+    held_out = HeldOut(pipe, config.dataset_name)
     best = Best(f"validation_{config.best_metric}", config.best_metric == "auroc", config.early_stopping)
+    best.check(held_out.names)
     state.memory |= {"timesteps": sampler.state, "best": best.state}
     done, looked = resume(accelerator, state, checkpoint, settings, config.allow_config_change)
     with_masks = config.lesion_weight != 1 and not config.cache_latents
@@ -276,9 +278,9 @@ def train(
     stream = batches(accelerator, state.watch, reader, *order)
     measure = hybrid_error if pipe.learns_variance else denoising_error
     element_loss = elementwise_loss(config.loss_type, schedule, config.huber_schedule, config.huber_c)
-    held_out = HeldOut(pipe, config.dataset_name)
     images = config.train_batch_size * config.gradient_accumulation_steps
-    flops = None if config.compile else FlopCounter(accelerator.unwrap_model(unet))
+    plain = not (config.compile or config.enable_xformers_memory_efficient_attention)
+    flops = FlopCounter(accelerator.unwrap_model(unet)) if plain else None
     looks = (best, partial(look, held_out, record), pipe.save_pretrained)
     loop = Loop(accelerator, state, record, guard, Cadence(**config.cadence()), *looks, images, settings, flops)
     record.begin(done)
@@ -302,7 +304,9 @@ def train(
     accelerator.wait_for_everyone()
     state.adopt_average()
     if accelerator.is_main_process:
-        pipe.save_pretrained(record.folder)
+        with writing(record.folder, "go on with --resume_from_checkpoint latest"):
+            pipe.save_pretrained(record.folder)
+    loop.tell()
     accelerator.print(
         f"pipeline in {record.folder}" + (f", pictures in {record.folder / 'preview.png'}" if config.validation_steps else "")
     )

@@ -54,17 +54,16 @@ def fine_tune(config: FinetuneVAEConfig, guard: "Guard") -> None:
     from medsd.models.codec import codec_of
     from medsd.models.unet import enable_xformers
     from medsd.runtime import check_output, quiet_libraries
-    from medsd.training.checkpoint import find_checkpoint
     from medsd.training.guard import watched_memory
     from medsd.training.record import RunRecord
-    from medsd.training.setup import build_accelerator, check_launch, clear_output, eight_bit_adam
+    from medsd.training.setup import build_accelerator, check_launch, choose_checkpoint, clear_output, eight_bit_adam
 
     quiet_libraries()
     output_dir = Path(config.output_dir)
     if not config.resume_from_checkpoint:
         check_output(output_dir, config.overwrite, [config.pretrained_model_name_or_path, config.dataset_name], "finetune_vae.py")
-    checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
     accelerator = build_accelerator(config.mixed_precision, config.gradient_accumulation_steps, config.seed, config.allow_tf32)
+    checkpoint = choose_checkpoint(accelerator, output_dir, config.resume_from_checkpoint)
     check_launch(accelerator, config.auto_batch_size, may_shard=False)
     with accelerator.main_process_first():
         prepare_default(config.dataset_name, FinetuneVAEConfig().dataset_name)
@@ -189,6 +188,9 @@ def train(
     prepare_codebook(config, codec, some)
     adapters = choose_trained(config, codec)
     settings = config.settings(accelerator.num_processes) | {"data": info.fingerprint, "frozen": frozen_hash([codec.vae])}
+    if config.discriminator is not None:
+        # The adaptive weight is that of a micro-batch.
+        settings["micro_batch_size"] = config.train_batch_size
     optimisation = Optimisation(**config.optimisation(default_learning_rate(config)))
     state, autoencoder = start(accelerator, training_pass(codec), optimisation)
     adversary = build_adversary(config, accelerator, codec, state.watch)
@@ -202,7 +204,8 @@ def train(
     order = (row_classes(rows), config.train_batch_size, "natural", config.seed, done, config.dataloader_num_workers)
     stream = batches(accelerator, state.watch, TrainingRows(rows), *order)
     images_seen = config.train_batch_size * config.gradient_accumulation_steps
-    flops = None if config.compile else FlopCounter(accelerator.unwrap_model(autoencoder))
+    plain = not (config.compile or config.enable_xformers_memory_efficient_attention)
+    flops = FlopCounter(accelerator.unwrap_model(autoencoder)) if plain else None
     looks = (best, partial(look, held_out, codec, record), partial(keep, config, codec, adapters, info, some))
     loop = Loop(accelerator, state, record, guard, Cadence(**config.cadence()), *looks, images_seen, settings, flops)
     record.begin(done)
@@ -225,6 +228,9 @@ def train(
     state.adopt_average()
     if accelerator.is_main_process:
         save(config, codec, adapters, info, some, record.folder)
+        with guard.waits(False):
+            report(config, codec, info, some, record.folder)
+    loop.tell()
 
 
 def prepare_codebook(config: FinetuneVAEConfig, codec: "LearnedCodec", images: "Tensor") -> None:
@@ -255,16 +261,23 @@ def keep(config: FinetuneVAEConfig, codec: "LearnedCodec", adapters: Any, info: 
 
 
 def save(config: FinetuneVAEConfig, codec: "LearnedCodec", adapters: Any, info: "DataInfo", images: "Tensor", folder: Path) -> None:
-    """Put the autoencoder into the run's folder, with a report on held-out images."""
+    """Put the autoencoder into the run's folder."""
     from medsd.inference.folder import publish
+    from medsd.runtime import partial_folder, writing
+
+    with writing(folder, "go on with --resume_from_checkpoint latest"):
+        made = partial_folder(folder)
+        keep(config, codec, adapters, info, images, made)
+        publish(made, folder)
+
+
+def report(config: FinetuneVAEConfig, codec: "LearnedCodec", info: "DataInfo", images: "Tensor", folder: Path) -> None:
+    """What the autoencoder in `folder` makes of held-out images; the linear codec to compare with is fitted on images `(N, C, H, W)`."""
     from medsd.models.autoencoders import load_vae
     from medsd.models.codec import codec_of
-    from medsd.runtime import partial_folder, write_text
+    from medsd.runtime import write_text
     from medsd.training.reconstruction import HeldOutImages, described, full_numbers, sheet
 
-    made = partial_folder(folder)
-    keep(config, codec, adapters, info, images, made)
-    publish(made, folder)
     final = codec_of(load_vae(str(folder)).to(codec.vae.device), codec.image_channels)
     held_out = HeldOutImages.load(config.dataset_name, info, HELD_OUT_IMAGES)
     again = held_out.reconstructed(final)

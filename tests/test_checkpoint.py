@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from medsd.errors import InputError
 from medsd.training import checkpoint
 from medsd.training.checkpoint import checkpoints, damage, find_checkpoint, newest_whole, save_checkpoint
+from medsd.training.state import spread
 from tests.test_recipes import losses, train
 
 TENSORS = {"weights": {"a": torch.arange(6.0), "b": torch.ones(3)}, "deeper/weights": {"c": torch.zeros(2, 2)}, "empty": {}}
@@ -170,6 +171,15 @@ def test_what_does_not_matter_may_change(phantom_data, run, tmp_path):
     flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "logging_steps": 2}
     train(data, folder, max_train_steps=4, resume_from_checkpoint="latest", checkpointing_steps=1, **flags)
     assert losses(folder) == pytest.approx([sum(losses(run)[2:]) / 2], rel=1e-5)
+
+
+def test_moments_lie_in_memory_as_their_weights_do():
+    """As fused optimizers want on a GPU, where convolutions are channels-last."""
+    weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last))
+    moment = torch.randn(4, 3, 3, 3)
+    placed = spread(moment, "optimizer/state/0/exp_avg", [weight])
+    assert placed.stride() == weight.stride() != moment.stride() and torch.equal(placed, moment)
+    assert spread(torch.tensor(3.0), "optimizer/state/0/step", [weight]) == 3
 
 
 class Trap:

@@ -1,25 +1,28 @@
 """What stops a run: signals, numbers that are not finite, too little memory, a reader that hangs."""
 
+import contextlib
+import importlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from medsd import MedSDPipeline
 from medsd.config import FinetuneUNetConfig
 from medsd.errors import InputError
-from medsd.training import guard, state
+from medsd.training import guard
 from medsd.training.best import Best
 from medsd.training.guard import ENOUGH, Guard, Preempted, smaller
 from medsd.training.latents import EncodedLatents
-from medsd.training.state import MOST_SKIPPED, TrainState
+from medsd.training.state import TrainState
 from tests import test_finetune_vae
 from tests.conftest import REPOSITORY
 from tests.test_recipes import losses, train
@@ -82,6 +85,47 @@ def test_a_look_that_is_broken_off_is_made_up_for(phantom_data, tmp_path, monkey
     assert same(files(folder), files(whole))
     kept = [json.loads((path / "metrics.jsonl").read_text().splitlines()[2])["validation_loss"] for path in (folder, whole)]
     assert kept[0] == kept[1]
+
+
+def test_a_failing_look_costs_nothing(phantom_data, tmp_path, monkeypatch):
+    flags = {"max_train_steps": 4, "validation_steps": 2, "checkpointing_steps": 2}
+    whole, folder = train(phantom_data, tmp_path / "whole", **flags), tmp_path / "unet"
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("medsd.training.preview.HeldOut.loss", lambda self: 1 / 0)
+        train(phantom_data, folder, **flags)
+    assert status(folder)["state"] == "failed" and (folder / "checkpoint-2").is_dir()
+    train(phantom_data, folder, **flags, resume_from_checkpoint="latest")
+    assert same(files(folder), files(whole))
+
+
+def test_a_signal_while_something_is_written_waits_for_it(phantom_data, tmp_path, monkeypatch):
+    """The best model, a checkpoint, and the model at the end are all whole."""
+    flags = {"max_train_steps": 2, "validation_steps": 1, "checkpointing_steps": 1}
+    whole = train(phantom_data, tmp_path / "whole", **flags)
+    for number, (place, name) in enumerate({("medsd.training.loop", "save_checkpoint"), ("medsd.inference.folder", "publish")}):
+        folder = tmp_path / f"unet{number}"
+        module = importlib.import_module(place)
+        real = getattr(module, name)
+
+        def terminated(*arguments, real=real):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return real(*arguments)
+
+        with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
+            patch.setattr(module, name, terminated)
+            train(phantom_data, folder, **flags)
+        assert MedSDPipeline.from_pretrained(folder / "best").class_names if name == "publish" else not (folder / "best").exists()
+        train(phantom_data, folder, **flags, resume_from_checkpoint="latest")
+        assert same(files(folder), files(whole)) and MedSDPipeline.from_pretrained(folder / "best").class_names
+
+
+def test_a_signal_that_comes_while_processes_agree_counts_the_next_time(monkeypatch):
+    with Guard() as watch, watch.waits():
+        monkeypatch.setattr(Guard, "_highest", lambda self: os.kill(os.getpid(), signal.SIGTERM) or 0)
+        accelerator = SimpleNamespace(num_processes=2)
+        assert watch.agreed(accelerator) == 0 and watch.level > ENOUGH
+        monkeypatch.setattr(Guard, "_highest", lambda self: self.level)
+        assert watch.agreed(accelerator) == watch.decided > ENOUGH
 
 
 def test_signals_of_one_moment_count_once_and_the_last_kind_wins():
@@ -206,7 +250,6 @@ def test_a_discriminator_skips_for_itself(phantom_data, tmp_path, monkeypatch):
 
 
 def test_a_run_of_skipped_updates_ends_it_with_a_checkpoint(phantom_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(state, "MOST_SKIPPED", 3)
     monkeypatch.setattr("medsd.training.loop.MOST_SKIPPED", 3)
     folder = tmp_path / "unet"
     with monkeypatch.context() as patch, pytest.raises(InputError, match="not finite in 3 updates in a row.*checkpoint-6 has the weights"):
@@ -215,13 +258,13 @@ def test_a_run_of_skipped_updates_ends_it_with_a_checkpoint(phantom_data, tmp_pa
     assert status(folder)["state"] == "failed" and status(folder)["step"] == 6
     train(phantom_data, folder, max_train_steps=9, **QUIET, resume_from_checkpoint="latest")
     assert files(folder)["memory.safetensors"]["skipped"].tolist() == [4, 0] and status(folder)["state"] == "finished"
-    assert MOST_SKIPPED > 3
 
 
 # Memory
 
 OUT_OF_MEMORY = """
 import resource, sys
+from medsd import MedSDPipeline
 from medsd.config import FinetuneUNetConfig
 from medsd.training import setup
 from recipes import finetune_unet
@@ -292,10 +335,25 @@ def test_early_stopping_leaves_the_best_and_goes_on_after_a_resume(phantom_data,
     best = load_file(folder / "best" / "unet" / "diffusion_pytorch_model.safetensors")
     kept = load_file(folder / "checkpoint-2" / "ema.safetensors")
     assert all(torch.equal(value, kept[f"unet.{name}"]) for name, value in best.items())
-    part, looks = tmp_path / "part", iter([script[4], 0.0])
+    part, looks = tmp_path / "part", iter([script[3], script[4], 0.0])
     shutil.copytree(folder / "checkpoint-3", part / "checkpoint-3")
     train(phantom_data, part, **flags, resume_from_checkpoint="latest")
-    assert status(part)["step"] == 4 and "at step 2" in status(part)["reason"]
+    assert status(part) == status(folder)
+    looks = iter([script[4], 0.0])
+    train(phantom_data, folder, **flags, resume_from_checkpoint="latest")
+    assert status(folder)["step"] == 4, "it had been stopped"
+
+
+def test_a_best_value_is_kept_exactly():
+    best = Best("score", higher=True, patience=3)
+    assert [best.improved(step, {"score": 0.7}) for step in range(4)] == [True, False, False, False] and best.hopeless
+
+
+@pytest.mark.parametrize(("flags", "message"), [({"early_stopping": 2}, "--early_stopping"), ({"best_metric": "auroc"}, "--best_metric")])
+def test_what_cannot_be_measured_cannot_be_gone_by(phantom_data, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        train(phantom_data, tmp_path / "unet", unconditional=True, **flags | {"best_metric": "auroc"})
+    assert not (tmp_path / "unet").exists()
 
 
 # Readers
@@ -318,7 +376,3 @@ def test_a_reader_that_hangs_or_fails_is_noticed():
         next(ahead)
     with pytest.raises(OSError, match="gone"):
         list(training_loader(Rows(), [[0], [3]], 1))
-
-
-def test_a_limit_on_memory_is_not_left_behind():
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

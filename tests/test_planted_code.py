@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from medsd import MedSDPipeline, load_dataset, read_image
+from medsd.errors import InputError
 from medsd.models.autoencoders import load_vae
 from medsd.models.convert import load_monai_bundle, load_single_file
 from tests.conftest import REPOSITORY
@@ -180,6 +181,21 @@ PLACES = {
 }
 
 
+REFUSED = {
+    "a UNet's pickle": (OSError, "no file named diffusion_pytorch_model.safetensors"),
+    "a text encoder's pickle": (OSError, "no file named model.safetensors"),
+    "an autoencoder's pickle": (InputError, "no safetensors weights"),
+    "a pipeline's code": (ValueError, "custom code in pipeline.py"),
+    "a part's code": (ValueError, "custom code in mine.py"),
+    "a single file": (InputError, "holds Python objects"),
+    "a MONAI bundle's weights": (InputError, "holds Python objects"),
+    "a MONAI bundle's expressions": (InputError, "holds no weights"),
+    "an npy file": (InputError, "Python objects"),
+    "a data folder's script": (RuntimeError, "scripts are no longer supported"),
+}
+"""How; the others are passed over, or refused by the command line."""
+
+
 def command(recipe, *words):
     """As typed, since the command line is what reads a YAML."""
     answer = subprocess.run([sys.executable, f"recipes/{recipe}", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False)
@@ -189,8 +205,8 @@ def command(recipe, *words):
 @pytest.mark.parametrize("place", PLACES)
 def test_planted_code_is_not_executed(bed, phantom_data, place):
     folder, trap = bed
-    attempt = PLACES[place](folder, trap, phantom_data)
-    with contextlib.suppress(Exception):
+    attempt, (kind, message) = PLACES[place](folder, trap, phantom_data), REFUSED.get(place, (None, None))
+    with pytest.raises(kind, match=message) if kind else contextlib.nullcontext():
         attempt()
     assert not trap.exists()
 

@@ -49,8 +49,8 @@ class Augmentation:
         if self.shift:
             images = shift(images, integers(-self.shift, self.shift + 1, (count, 2), draws))
         if self.rotation or self.scale:
-            degrees, scales = (_signed((count, 2), draws) * images.new_tensor([self.rotation, self.scale])).unbind(1)
-            images = rotate_and_scale(images, degrees, 1 + scales, self.label_channels)
+            degrees, scales = _signed((count, 2), draws).unbind(1)
+            images = rotate_and_scale(images, degrees * self.rotation, 1 + scales * self.scale, self.label_channels)
         for direction, axis in (("horizontal", -1), ("vertical", -2)):
             if self.flip in {direction, "both"}:
                 mirrored = _signed((count, 1, 1, 1), draws) < 0

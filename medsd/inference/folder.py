@@ -128,6 +128,16 @@ def write_embeddings(folder: Path, embeddings: dict[str, torch.Tensor]) -> None:
         save_file({token: embedding.detach().contiguous().cpu()}, folder / EMBEDS_DIR / f"{token.strip('<>')}.safetensors")
 
 
+def order_metadata(file: Path) -> None:
+    """Bring the metadata of a safetensors file into order, which is another one at each save, so that the same model is the same file."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+    file.write_bytes(len(ordered).to_bytes(8, "little") + ordered + content[8 + length :])
+
+
 def read_embeddings(folder: Path) -> dict[str, torch.Tensor]:
     """What `write_embeddings` wrote."""
     files = sorted((folder / EMBEDS_DIR).glob("*.safetensors"))

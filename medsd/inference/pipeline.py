@@ -296,6 +296,7 @@ class MedSDPipeline(ScoringMixin, DiffusionPipeline, StableDiffusionLoraLoaderMi
             self.vae.save_pretrained(made / "vae")
         weights, metadata = lora_layers(self.unet)
         self.save_lora_weights(made, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
+        folders.order_metadata(made / folders.LORA_FILE)
         table = self.text_encoder.get_input_embeddings().weight
         ids = self.tokenizer.convert_tokens_to_ids(self.data.class_tokens)
         folders.write_embeddings(made, {token: table[index] for token, index in zip(self.data.class_tokens, ids, strict=True)})

@@ -1,8 +1,11 @@
 """The best look so far: whether another one is better, and whether it is time to give up."""
 
 import math
+from collections.abc import Sequence
 
 import torch
+
+from medsd.errors import InputError
 
 
 class Best:
@@ -19,6 +22,13 @@ class Best:
         self.state = torch.tensor([math.nan, 0.0, 0.0], dtype=torch.float64)
         """Value, its step, and looks since."""
 
+    def check(self, names: Sequence[str]) -> None:
+        """Raise InputError where somebody counts on this number, and a look measures only `names`."""
+        if self.name not in names and (self.patience is not None or self.higher):
+            flag = "--early_stopping" if self.patience is not None else "--best_metric"
+            measured = f"looks at these data measure only {', '.join(names)}" if names else "these data have no validation split"
+            raise InputError(f"{flag} goes by {self.name.replace('_', ' ')}, but {measured}: leave it away")
+
     @property
     def step(self) -> int:
         """Of the best look; 0 before there is one."""
@@ -29,7 +39,7 @@ class Best:
         value, best = numbers.get(self.name, math.nan), self.state[0].item()
         better = value > best if self.higher else value < best
         if better or (math.isnan(best) and not math.isnan(value)):
-            self.state.copy_(torch.tensor([value, step, 0.0]))
+            self.state.copy_(torch.tensor([value, step, 0.0], dtype=torch.float64))
             return True
         self.state[2] += 1
         return False

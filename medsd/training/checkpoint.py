@@ -4,6 +4,7 @@ A checkpoint is written under a hidden name: tensors and `state.json`, then `man
 flushed to the disk, and then it is renamed. So a folder called `checkpoint-N` is whole, and one that was damaged later is noticed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from medsd.errors import InputError
-from medsd.runtime import partial_folder, replace_folder
+from medsd.runtime import replacing
 
 STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
 Tensors = dict[str, torch.Tensor]
@@ -28,23 +28,17 @@ def save_checkpoint(run: Path, step: int, files: Iterable[tuple[str, Tensors]], 
 
     Raises InputError where it cannot be written; what was there before is then as it was.
     """
-    final = run / f"checkpoint-{step}"
+    final, before = run / f"checkpoint-{step}", checkpoints(run)
     _clean(run)
-    try:
-        made = partial_folder(final)
+    last = f"{before[-1]} is whole, go on with --resume_from_checkpoint latest" if before else "there is none before it"
+    with replacing(final, last) as made:
         for name, tensors in files:
             path = made / f"{name}.safetensors"
             path.parent.mkdir(exist_ok=True)
             save_file(_apart(tensors), path)
         (made / STATE_FILE).write_text(json.dumps(record))
         _seal(made)
-        replace_folder(made, final)
-        _flush(run)
-    except (OSError, SafetensorError) as error:
-        _clean(run)
-        before = checkpoints(run)
-        last = f"{before[-1]} is whole, go on with --resume_from_checkpoint latest" if before else "there is none before it"
-        raise InputError(f"{final} could not be written ({error}): make room there, or the right to write; {last}") from error
+    _flush(run)
     _prune(run, step, kept)
     return final
 
@@ -130,11 +124,11 @@ def check_same(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any
 
 
 def _apart(tensors: Tensors) -> Tensors:
-    """Contiguous, and no two in the same memory, as safetensors wants."""
+    """On the CPU, contiguous, and no two in the same memory, as safetensors wants."""
     seen: set[int] = set()
     made = {}
     for name, value in tensors.items():
-        value = value.detach().contiguous()
+        value = value.detach().cpu().contiguous()
         made[name] = value.clone() if value.data_ptr() in seen else value
         seen.add(value.data_ptr())
     return made
@@ -170,13 +164,24 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+def clear_rests(run: Path, step: int, kept: int | None) -> None:
+    """Remove what an interrupted save left, and what it did not come to remove: checkpoints beyond the newest `kept` up to STEP."""
+    _clean(run)
+    _discard([path for path in checkpoints(run) if step_of(path) <= step][: -kept if kept else 0])
+
+
 def _prune(run: Path, step: int, kept: int | None) -> None:
     """Remove checkpoints ahead of `step`, which a resumed run has left behind, and the oldest beyond `kept`."""
-    ahead = [path for path in checkpoints(run) if step_of(path) > step]
-    for path in [*ahead, *[path for path in checkpoints(run) if path not in ahead][: -kept if kept else 0]]:
+    _discard([path for path in checkpoints(run) if step_of(path) > step])
+    _discard(checkpoints(run)[: -kept if kept else 0])
+
+
+def _discard(unwanted: list[Path]) -> None:
+    for path in unwanted:
         # Renamed first, so that a kill leaves no half of one under its name.
         hidden = path.with_name(f".{path.name}.old")
-        os.replace(path, hidden)
+        with contextlib.suppress(OSError):
+            os.replace(path, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
 

@@ -50,7 +50,7 @@ class Guard:
     """Context manager in which signals raise Preempted; within `waits()` they are kept until `agreed` is asked."""
 
     def __init__(self) -> None:
-        self.level, self.waiting, self.first = 0, False, math.inf
+        self.level, self.decided, self.waiting, self.first = 0, 0, False, math.inf
         self.group: Any = None
         self.before: dict[signal.Signals, Any] = {}
 
@@ -89,10 +89,12 @@ class Guard:
         self.level = max(self.level, ENOUGH)
 
     def agreed(self, accelerator: Any) -> int:
-        """0, `ENOUGH`, or more: why the run has to stop, the same on every process. Every process has to ask at the same time."""
-        if accelerator.num_processes > 1:
-            self.level = self._highest()
-        return self.level
+        """0, `ENOUGH`, or more: why the run has to stop, the same on every process. Every process has to ask at the same time.
+
+        `decided` keeps the answer; a signal that comes while they agree, or later, counts when they are asked again.
+        """
+        self.decided = self._highest() if accelerator.num_processes > 1 else self.level
+        return self.decided
 
     def _highest(self) -> int:
         """Over all processes; by a group of its own on the CPU, so that no device is waited for."""
@@ -104,7 +106,7 @@ class Guard:
 
     def preempted(self, told: str = "") -> Preempted:
         """The exception to end with, once a signal has come."""
-        return Preempted(list(EXIT_CODES)[self.level - ASKED], told)
+        return Preempted(list(EXIT_CODES)[max(self.decided, self.level) - ASKED], told)
 
 
 def guarded(train: Callable[[Config, Guard], None], config: Config) -> None:
@@ -118,6 +120,8 @@ def guarded(train: Callable[[Config, Guard], None], config: Config) -> None:
             with Guard() as guard:
                 return train(config, guard)
         except OutOfMemory as error:
+            if guard.level >= ASKED:
+                raise guard.preempted("memory did not suffice, either") from None
             config = smaller(config, str(error))
         gc.collect()
         if torch.cuda.is_available():
@@ -150,4 +154,4 @@ def smaller(config: Config, reason: str) -> Config:
     more = accumulation * (images // less)
     print(f"out of memory with {images} images in a micro-batch: on with {less}, and {more} micro-batches in an update")
     changes = {"train_batch_size": less, "gradient_accumulation_steps": more}
-    return replace(config, **changes, overwrite=False, resume_from_checkpoint="latest")
+    return replace(config, **changes, overwrite=False, resume_from_checkpoint=config.resume_from_checkpoint or "latest")

@@ -81,12 +81,12 @@ class CachedLatents:
 
     def __call__(self, batch: Batch, draws: Randomness) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `LatentSource`; `batch` has the numbers of its `rows`."""
-        rows = batch["rows"].cpu().numpy()
+        rows = batch["rows"].numpy()
         chosen = np.zeros(len(rows), int)
         if self.variants > 1:
             chosen = integers(0, self.variants, (len(rows),), draws).cpu().numpy()
-        moments = torch.from_numpy(self.moments[rows, chosen]).to(self.device)
-        masks = None if self.masks is None else torch.from_numpy(self.masks[rows, chosen]).to(self.device)
+        moments = torch.from_numpy(self.moments[rows, chosen]).to(self.device, non_blocking=True)
+        masks = None if self.masks is None else torch.from_numpy(self.masks[rows, chosen]).to(self.device, non_blocking=True)
         return self.codec.draw(moments, draws), emphasis(masks, self.lesion_weight, moments.shape[-1])
 
 

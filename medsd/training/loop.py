@@ -10,9 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from medsd.errors import InputError
-from medsd.runtime import partial_folder, replace_folder
+from medsd.runtime import replacing
 from medsd.training.best import Best
-from medsd.training.checkpoint import save_checkpoint
+from medsd.training.checkpoint import clear_rests, save_checkpoint
 from medsd.training.guard import ASKED, Guard, Preempted
 from medsd.training.record import RunRecord
 from medsd.training.state import MOST_SKIPPED, TrainState, random_states
@@ -55,39 +55,47 @@ class Loop:
     def updates(self, done: int, looked: int) -> Iterator[int]:
         """Numbers of the updates after `done`, behind a bar; the caller learns from the micro-batches of each.
 
-        After it the main process looks with the averaged weights, and all processes save a checkpoint, when these are due. `looked` is
-        the step of the last look: one that a signal broke off is made up for first. Raises Preempted after a signal, and InputError
-        where too many updates in a row were skipped; both with a checkpoint.
+        After it all processes save a checkpoint, and the main process looks with the averaged weights, when these are due. `looked` is
+        the step of the last look: one that was broken off is made up for first. Raises Preempted after a signal, and InputError where
+        too many updates in a row were skipped; both with a checkpoint. From then on signals wait, so that the model can be written.
         """
-        self.looked, main = looked, self.accelerator.is_main_process
+        self.looked, self.saved, main = looked, done, self.accelerator.is_main_process
+        if main:
+            clear_rests(self.record.folder, done, self.cadence.checkpoints_kept)
+        self.guard.waiting = True
         bar = tqdm(range(done + 1, self.cadence.last + 1), initial=done, total=self.cadence.last, disable=not main)
-        with self.guard.waits():
-            if looked < done and self._due(done, self.cadence.validation):
-                self._look(done, bar.write)
+        if looked < done and self._due(done, self.cadence.validation):
+            self._look(done, bar.write)
+        self._notice_hopeless()
+        steps = iter(() if self.guard.agreed(self.accelerator) else bar)
+        self.state.watch.mark("other")
+        for step in steps:
+            yield step
+            self.state.finish_update()
+            self.record.step = step
+            stops = self._between(step, bar)
             self.state.watch.mark("other")
-            for step in bar:
-                yield step
-                self.state.finish_update()
-                self.record.step = step
-                self._between(step, bar)
-                self.state.watch.mark("other")
-                if self.guard.level:
-                    break
+            if stops:
+                break
         bar.close()
-        if self.guard.level >= ASKED:
-            raise self.guard.preempted(f"checkpoint-{self.record.step} is saved; go on with --resume_from_checkpoint latest")
-        if self.record.step > done:
-            self._tell_speed((self.record.step - done) * self.images)
+        if self.guard.decided >= ASKED:
+            raise self.guard.preempted(f"checkpoint-{self.saved} is saved; go on with --resume_from_checkpoint latest")
+        self.trained = (self.record.step - done) * self.images
 
-    def _between(self, step: int, bar: tqdm) -> None:
-        """What is due after an update."""
+    def _between(self, step: int, bar: tqdm) -> bool:
+        """What is due after an update; whether it was the last one. The checkpoint comes first, since a look may fail."""
         if self._due(step, self.cadence.logging):
             self._log(step, bar)
+        self._refuse_nonsense(step)
+        if self._due(step, self.cadence.checkpointing):
+            self._save(step)
         if self._due(step, self.cadence.validation):
             self._look(step, bar.write)
-        self._refuse_nonsense(step)
-        if self.guard.agreed(self.accelerator) or self._due(step, self.cadence.checkpointing):
+            self._notice_hopeless()
+        stops = self.guard.agreed(self.accelerator) > 0
+        if stops and self.saved != step:
             self._save(step)
+        return stops
 
     def _due(self, step: int, every: int) -> bool:
         """Whether something that happens `every` so many updates (0: never), and after the last one, happens now."""
@@ -104,27 +112,25 @@ class Loop:
         bar.set_postfix(shown | ({"skipped": skipped} if skipped else {}))
 
     def _look(self, step: int, write: Write) -> None:
-        """By the main process. A signal breaks it off: it can be made up for, and the checkpoint comes first."""
+        """By the main process. A signal breaks it off, since it can be made up for; not once there is something to keep."""
         with self.state.averaged():
             if not self.accelerator.is_main_process:
                 return
             try:
                 with self.guard.waits(False), self.accelerator.autocast():
-                    if self.best.improved(step, self.look(step, write)):
-                        self._keep_best()
+                    numbers = self.look(step, write)
             except Preempted:
                 return
+            if self.best.improved(step, numbers):
+                with replacing(self.record.folder / "best") as made:
+                    self.keep(made)
         self.looked = step
+
+    def _notice_hopeless(self) -> None:
+        """Stop where the looks do not get better."""
         if self.best.hopeless:
             self.record.reason = f"no better look in {self.best.patience}: the best one was {self.best}"
-            write(f"{self.record.reason}; see {self.record.folder / 'best'}")
             self.guard.enough()
-
-    def _keep_best(self) -> None:
-        final = self.record.folder / "best"
-        made = partial_folder(final)
-        self.keep(made)
-        replace_folder(made, final)
 
     def _refuse_nonsense(self, step: int) -> None:
         """End a run whose updates are all skipped. On a GPU, where the host would have to wait, it is asked only now and then."""
@@ -139,7 +145,7 @@ class Loop:
             )
 
     def _save(self, step: int) -> None:
-        """A checkpoint: all processes gather, the main one writes."""
+        """A checkpoint: all processes gather, the main one writes, and nobody goes on (or ends) before it is there."""
         scaler = self.accelerator.scaler
         record = {
             "step": step,
@@ -153,10 +159,16 @@ class Loop:
             save_checkpoint(self.record.folder, step, files, record, self.cadence.checkpoints_kept)
         else:
             deque(files, maxlen=0)
+        self.accelerator.wait_for_everyone()
+        self.saved = step
 
-    def _tell_speed(self, images: int) -> None:
-        """A line, and a part of `environment.json`."""
-        flops = self.flops.per_image() if self.flops is not None else None
-        numbers = profile(self.state.watch, images, self.accelerator.num_processes, flops, self.accelerator.mixed_precision)
-        self.record.environment(profile=numbers)
-        self.accelerator.print(f"speed: {described(numbers)}")
+    def tell(self) -> None:
+        """Once the model is written: why the run stopped early, and a line about its speed, which `environment.json` keeps."""
+        if self.record.reason:
+            self.accelerator.print(f"stopped early: {self.record.reason}, see {self.record.folder / 'best'}")
+        if self.trained:
+            flops = self.flops.per_image() if self.flops is not None else None
+            processes, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
+            numbers = profile(self.state.watch, self.trained, processes, flops, precision)
+            self.record.environment(profile=numbers)
+            self.accelerator.print(f"speed: {described(numbers)}")

@@ -36,12 +36,18 @@ class HeldOut:
             occurring, self.prompts = np.unique(table.numbers, return_inverse=True)
             self.prompt_ids = tokenize(pipe.tokenizer, [table.prompts[number] for number in occurring])
 
-    def numbers(self) -> dict[str, float]:
-        """`validation_loss` and `validation_auroc`, each where it has a meaning."""
+    @property
+    def names(self) -> list[str]:
+        """What can be measured: nothing without a validation split, no AUROC with one class or findings that can hold together."""
         if not self.images:
-            return {}
-        numbers = {"validation_loss": self.loss(), "validation_auroc": self.auroc()}
-        return {name: value for name, value in numbers.items() if value is not None}
+            return []
+        ranks = not self.pipe.data.multi_label and len(self.pipe.class_names) > 1 and len(set(self.labels)) > 1
+        return ["validation_loss", "validation_auroc"] if ranks else ["validation_loss"]
+
+    def numbers(self) -> dict[str, float]:
+        """Each of `names`, now."""
+        measures = {"validation_loss": self.loss, "validation_auroc": self.auroc}
+        return {name: measures[name]() for name in self.names}
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -52,10 +58,8 @@ class HeldOut:
         timesteps, noise = plan.timesteps.to(latents.device), plan.noise.to(latents.device)
         return denoising_error(self.pipe.unet, self.pipe.noise_schedule, latents, noise, timesteps, conditions).mean().item()
 
-    def auroc(self) -> float | None:
-        """Macro AUROC from few pairs; None where it has no meaning: one class, or findings that can hold together."""
-        if self.pipe.data.multi_label or len(self.pipe.class_names) < 2 or len(set(self.labels)) < 2:
-            return None
+    def auroc(self) -> float:
+        """Macro AUROC from few pairs."""
         output = self.pipe.classify(self.images, mode="full", max_pairs=QUICK_PAIRS, seed=self.seed, ranges=self.ranges)
         return classification_metrics(output.probabilities, self.labels, self.pipe.class_names, self.patients, resamples=1)["auroc"]
 

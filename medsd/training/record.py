@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from medsd.errors import InputError
-from medsd.runtime import write_text
+from medsd.runtime import recover_folder, write_text, writing
 
 PACKAGES = ("medsd", "torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "xformers")
 
@@ -45,6 +45,7 @@ class RunRecord:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.yaml", _yaml({self.config.section: asdict(self.config)}))
             _drop_later(self.folder / "metrics.jsonl", step)
+            recover_folder(self.folder / "best")
             self._status("running")
             if self.tensorboard:
                 self.board = _summary_writer(self.folder / "tensorboard", step + 1)
@@ -55,7 +56,8 @@ class RunRecord:
         if error is None:
             self._status("finished", self.reason)
         elif isinstance(error, KeyboardInterrupt | SystemExit):
-            self._status("preempted", str(error) or "interrupted")
+            if self.begun or not (self.folder / "status.json").exists():
+                self._status("preempted", str(error) or "interrupted")
         elif self.begun or not isinstance(error, InputError):
             with contextlib.suppress(OSError):  # The disk may be full, which then is the error.
                 self._status("failed", f"{type(error).__name__}: {error}")
@@ -76,7 +78,8 @@ class RunRecord:
         """One line of `metrics.jsonl`, and a point on each curve."""
         if not self.writes:
             return
-        with (self.folder / "metrics.jsonl").open("a") as stream:
+        file = self.folder / "metrics.jsonl"
+        with writing(file, "go on with --resume_from_checkpoint latest"), file.open("a") as stream:
             stream.write(json.dumps({"step": step, "time": round(time.time(), 3)} | numbers) + "\n")
         self._status("running")
         for name, value in numbers.items() if self.board is not None else ():

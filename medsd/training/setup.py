@@ -16,7 +16,7 @@ from medsd.data.transforms import TrainingOrder, TrainingRows, training_loader
 from medsd.errors import InputError
 from medsd.randomness import Part, Randomness, normal
 from medsd.runtime import LONGEST_WAIT, use_all_cores
-from medsd.training.checkpoint import check_same, read_record, read_tensors
+from medsd.training.checkpoint import check_same, find_checkpoint, read_record, read_tensors
 from medsd.training.sharding import Mirror, alike, configure
 from medsd.training.state import TrainState, restore_random_states, trained_parameters
 from medsd.training.stopwatch import Stopwatch
@@ -55,8 +55,18 @@ def check_launch(accelerator: Any, auto_batch_size: bool, may_shard: bool) -> No
     if kind == "FSDP" and not (may_shard and accelerator.is_fsdp2):
         known = f"{config}/fsdp2.yaml has version 2" if may_shard else f"an autoencoder fits one GPU, use {config}/ddp.yaml"
         raise InputError(f"a launch as FSDP: {known}")
+    if kind == "FSDP" and accelerator.mixed_precision == "fp16":
+        raise InputError("a launch as FSDP goes with --mixed_precision bf16 or no")
     if auto_batch_size and accelerator.num_processes > 1:
         raise InputError("--auto_batch_size is for one process: find the micro-batch with one, then give it as --train_batch_size")
+
+
+def choose_checkpoint(accelerator: Any, run: Path, wanted: str | None) -> Path | None:
+    """`find_checkpoint` by the main process, for all: it reads every byte, and on a network disk each might see another list."""
+    from accelerate.utils import broadcast_object_list
+
+    chosen = [find_checkpoint(run, wanted) if accelerator.is_main_process else None]
+    return broadcast_object_list(chosen)[0]
 
 
 def clear_output(accelerator: Any, folder: Path, overwrite: bool) -> None:
@@ -90,9 +100,10 @@ def start(
     mirror = None
     if accelerator.distributed_type == "FSDP":
         mirror = Mirror(trained_parameters(module), accelerator.is_main_process)
-        module = deepcopy(module)
+        plain, module = module, deepcopy(module)
+        plain.to(accelerator.device if accelerator.is_main_process else "cpu")
         configure(accelerator, module)
-    if accelerator.device.type == "cuda":
+    elif accelerator.device.type == "cuda":
         module.to(memory_format=torch.channels_last)
     if chosen.compile:
         module.compile()
@@ -153,7 +164,8 @@ def batches(
     splits, rank, world = accelerator.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
     order = TrainingOrder(classes, batch_size, class_sampling, seed, done * splits, rank, world)
     for number, batch in enumerate(training_loader(rows, order, num_workers), start=done * splits):
-        on_device = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        # The rows' numbers stay on the CPU, where moments are looked up by them.
+        on_device = {name: value if name == "rows" else value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
         update, part = divmod(number, splits)
         first = (part * world + rank) * batch_size
         watch.mark("data")

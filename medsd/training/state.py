@@ -82,7 +82,6 @@ class TrainState:
     def _update(self, accelerator: Any, max_grad_norm: float) -> None:
         """One step of the optimizer with clipped gradients, skipped where their norm is not finite."""
         if accelerator.scaler is not None:
-            # Not accelerate's own clipping, which would also unscale the gradients of partners, which are not complete yet.
             accelerator.unscale_gradients(self.optimizer)
         for name, mask in self.masks.items():
             self.parameters[name].grad.mul_(mask)
@@ -208,10 +207,12 @@ def trained_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]
 
 
 def spread(value: torch.Tensor, path: str, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-    """A tensor of an optimizer's state, `optimizer/state/NUMBER/NAME`, sharded as its parameter is where it has the same shape."""
+    """A tensor of an optimizer's state, `optimizer/state/NUMBER/NAME`: where it has its parameter's shape, it lies in memory as it does."""
     parts = path.split("/")
     parameter = parameters[int(parts[2])] if parts[1] == "state" else None
-    return alike(value, parameter) if parameter is not None and parameter.shape == value.shape else value
+    if parameter is None or parameter.shape != value.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(alike(value, parameter))
 
 
 def random_states(accelerator: Any) -> Tensors:
