@@ -283,7 +283,7 @@ def train(
     flops = FlopCounter(accelerator.unwrap_model(unet)) if plain else None
     looks = (best, partial(look, held_out, record), pipe.save_pretrained)
     loop = Loop(accelerator, state, record, guard, Cadence(**config.cadence()), *looks, images, settings, flops)
-    record.begin(done)
+    record.begin(done, looked)
     record.environment(device=str(accelerator.device), attention=attention_kernel(pipe.unet), trained_parameters=state.size)
 
     for _ in loop.updates(done, looked):

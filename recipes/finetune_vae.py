@@ -208,7 +208,7 @@ def train(
     flops = FlopCounter(accelerator.unwrap_model(autoencoder)) if plain else None
     looks = (best, partial(look, held_out, codec, record), partial(keep, config, codec, adapters, info, some))
     loop = Loop(accelerator, state, record, guard, Cadence(**config.cadence()), *looks, images_seen, settings, flops)
-    record.begin(done)
+    record.begin(done, looked)
     record.environment(device=str(accelerator.device), attention=attention_kernel(codec.vae), trained_parameters=state.size)
 
     for step in loop.updates(done, looked):

@@ -34,6 +34,11 @@ def status(folder):
     return json.loads((folder / "status.json").read_text())
 
 
+def lines(folder):
+    """Of metrics.jsonl, without the time."""
+    return [json.loads(line) | {"time": 0} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def files(folder):
     """Every tensor of a run's last checkpoint."""
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -96,6 +101,9 @@ def test_a_failing_look_costs_nothing(phantom_data, tmp_path, monkeypatch):
     assert status(folder)["state"] == "failed" and (folder / "checkpoint-2").is_dir()
     train(phantom_data, folder, **flags, resume_from_checkpoint="latest")
     assert same(files(folder), files(whole))
+    shutil.rmtree(folder / "checkpoint-4")
+    train(phantom_data, folder, **flags, resume_from_checkpoint="latest")
+    assert lines(folder) == lines(whole), "the look at step 2 was made up for, and stands there once"
 
 
 def test_a_signal_while_something_is_written_waits_for_it(phantom_data, tmp_path, monkeypatch):

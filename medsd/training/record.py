@@ -38,13 +38,13 @@ class RunRecord:
     def __enter__(self) -> "RunRecord":
         return self
 
-    def begin(self, step: int) -> None:
-        """Go on after update `step`: what is recorded of later ones, by a run that was cut off, is dropped."""
+    def begin(self, step: int, looked: int) -> None:
+        """Go on after update `step`: what a run that was cut off recorded of later ones, or of looks after that at `looked`, is dropped."""
         self.step, self.begun = step, True
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.yaml", _yaml({self.config.section: asdict(self.config)}))
-            _drop_later(self.folder / "metrics.jsonl", step)
+            _drop_later(self.folder / "metrics.jsonl", step, looked)
             recover_folder(self.folder / "best")
             self._status("running")
             if self.tensorboard:
@@ -107,14 +107,15 @@ def _summary_writer(folder: Path, first: int) -> Any:
     return SummaryWriter(str(folder), purge_step=first)
 
 
-def _drop_later(path: Path, step: int) -> None:
-    """Keep the lines up to `step`, of which none is half-written."""
+def _drop_later(path: Path, step: int, looked: int) -> None:
+    """Keep the lines up to `step`, those of looks up to `looked`; a half-written one is none."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         with contextlib.suppress(ValueError):
-            kept += [line] if json.loads(line)["step"] <= step else []
+            numbers = json.loads(line)
+            kept += [line] if numbers["step"] <= (step if "loss" in numbers else looked) else []
     write_text(path, "".join(kept))
 
 
