@@ -9,11 +9,12 @@ import pydicom
 import pytest
 from PIL import Image
 
-from medsd.data import phantom, phantom_anatomy
+from medsd.data import phantom
 from medsd.data.geometry import fit_square
 from medsd.data.intensity import Windows
 from medsd.data.phantom import write_phantom
-from medsd.data.phantom_anatomy import BLEED_AREA, CLASSES, MAX_SLICES, SCANNERS, draw_patient, slice_image, stream_of
+from medsd.data.phantom_anatomy import BLEED_AREA, CLASSES, MAX_SLICES, SCALP_BLEED_AREA, slice_image
+from medsd.data.phantom_head import SCANNERS, Anatomy, anatomy_of, draw_patient, stream_of
 from medsd.data.prepare import PHANTOM_WINDOW
 from medsd.errors import InputError
 
@@ -32,11 +33,11 @@ def rows(written) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def anatomy(patient: int, index: int, label: str) -> phantom_anatomy.Anatomy:
+def anatomy(patient: int, index: int, label: str) -> Anatomy:
     """The geometry that `slice_image(0, patient, index, label)` draws into."""
-    areas = stream_of(0, patient, index + 1, 0).uniform(*zip(phantom_anatomy.SCALP_BLEED_AREA, BLEED_AREA, strict=True))
+    areas = stream_of(0, patient, index + 1, 0).uniform(*zip(SCALP_BLEED_AREA, BLEED_AREA, strict=True))
     swelling = areas[1] if label == "intraventricular" else 0.0
-    return phantom_anatomy._anatomy(draw_patient(0, patient), index, SIZE, swelling, stream_of(0, patient, index + 1, 1))
+    return anatomy_of(draw_patient(0, patient), index, SIZE, swelling, stream_of(0, patient, index + 1, 1))
 
 
 def bleeds(label: str, count: int = 24):
@@ -80,7 +81,7 @@ def test_blood_is_as_dense_as_blood(label):
         assert 45 < np.median(image[mask > 0]) < 85
 
 
-def arc(place: phantom_anatomy.Anatomy, mask: np.ndarray) -> float:
+def arc(place: Anatomy, mask: np.ndarray) -> float:
     """Length of the inner skull beside the mask, mm."""
     turns = np.unique(np.floor(np.rad2deg(place.angle[mask]) / 3))
     return len(turns) * np.deg2rad(3) * place.inner[mask].mean()

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medsd.data.phantom_anatomy import CLASSES, MAX_SLICES, SLICE_STEP, Patient, check_numbers, draw_patient, slice_image, stream_of
+from medsd.data.phantom_anatomy import CLASSES, MAX_SLICES, check_numbers, slice_image
+from medsd.data.phantom_head import SLICE_STEP, Patient, draw_patient, stream_of
 from medsd.errors import InputError
 
 if TYPE_CHECKING:
