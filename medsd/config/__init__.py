@@ -1,0 +1,24 @@
+"""One flat dataclass per recipe; its flags and its YAML section are two spellings of the same fields.
+
+`{name}` in a default folder stands for the YAML's stem, or `phantom` without one: this is how recipes find each
+other's folders. `commandline` fills the fields.
+"""
+
+from medsd.config.base import PHANTOM, RULES_WAIT, RecipeConfig
+from medsd.config.data import PrepareDataConfig
+from medsd.config.unet import FinetuneUNetConfig
+from medsd.config.use import ClassifyConfig, GenerateConfig
+from medsd.config.vae import FinetuneVAEConfig
+
+RECIPES: tuple[type[RecipeConfig], ...] = (PrepareDataConfig, FinetuneVAEConfig, FinetuneUNetConfig, GenerateConfig, ClassifyConfig)
+__all__ = [
+    "PHANTOM",
+    "RECIPES",
+    "RULES_WAIT",
+    "ClassifyConfig",
+    "FinetuneUNetConfig",
+    "FinetuneVAEConfig",
+    "GenerateConfig",
+    "PrepareDataConfig",
+    "RecipeConfig",
+]
