@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from medsd.data.dataset import DataInfo
     from medsd.inference.pipeline import MedSDPipeline
+    from medsd.models.unet import PromptedUNet
     from medsd.training.guard import Guard
     from medsd.training.latents import LatentSource
     from medsd.training.preview import HeldOut
@@ -196,6 +197,18 @@ def choose_trained(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> None:
         train_only_tokens(pipe.text_encoder, pipe.tokenizer, pipe.data.class_tokens)
 
 
+def build_network(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPipeline", prompts: list[str]) -> "PromptedUNet":
+    """What learns, on the device: UNet and text encoder, which are told their prompts by number."""
+    from medsd.models.conditioning import tokenize
+    from medsd.models.unet import PromptedUNet
+
+    choose_trained(config, pipe)
+    if config.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    pipe.to(accelerator.device)
+    return PromptedUNet(pipe.unet, pipe.text_encoder, tokenize(pipe.tokenizer, prompts).to(accelerator.device))
+
+
 def default_snr_gamma(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> float | None:
     """20 from random weights, and none for a pretrained model, a learned variance, zero terminal SNR (whose weight is 0), and for 0."""
     vanishes = pipe.scheduler.config.get("rescale_betas_zero_snr")
@@ -243,8 +256,7 @@ def train(
 ) -> None:
     """Train `pipe` in place on `rows` of the data set, whose latents `source` gives, and save it to the run's folder."""
     from medsd.data.transforms import TrainingRows, row_classes
-    from medsd.models.conditioning import drop_prompts, tokenize
-    from medsd.models.unet import PromptedUNet, attention_kernel
+    from medsd.models.conditioning import drop_prompts
     from medsd.objectives.diffusion import denoising_error, draw_noise, draw_perturbation, elementwise_loss, hybrid_error, min_snr_weights
     from medsd.objectives.timesteps import timestep_sampler
     from medsd.runtime import writing
@@ -253,16 +265,11 @@ def train(
     from medsd.training.preview import HeldOut
     from medsd.training.prompts import row_prompts
     from medsd.training.setup import Optimisation, batches, frozen_hash, resume, start
-    from medsd.training.stopwatch import FlopCounter
 
-    choose_trained(config, pipe)
-    if config.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
+    table = row_prompts(rows, pipe.data)
+    network = build_network(config, accelerator, pipe, table.prompts)
     settings = config.settings(accelerator.num_processes)
     settings |= {"data": pipe.data.fingerprint, "frozen": frozen_hash([pipe.unet, pipe.text_encoder, pipe.vae])}
-    pipe.to(accelerator.device)
-    table = row_prompts(rows, pipe.data)
-    network = PromptedUNet(pipe.unet, pipe.text_encoder, tokenize(pipe.tokenizer, table.prompts).to(accelerator.device))
     state, unet = start(accelerator, network, Optimisation(**config.optimisation(default_learning_rate(config, pipe))))
     schedule, empty = pipe.noise_schedule, len(table.prompts) - 1
     weights = min_snr_weights(schedule, default_snr_gamma(config, pipe)).to(accelerator.device)
@@ -278,13 +285,8 @@ def train(
     stream = batches(accelerator, state.watch, reader, *order)
     measure = hybrid_error if pipe.learns_variance else denoising_error
     element_loss = elementwise_loss(config.loss_type, schedule, config.huber_schedule, config.huber_c)
-    images = config.train_batch_size * config.gradient_accumulation_steps
-    plain = not (config.compile or config.enable_xformers_memory_efficient_attention)
-    flops = FlopCounter(accelerator.unwrap_model(unet)) if plain else None
     looks = (best, partial(look, held_out, record), pipe.save_pretrained)
-    loop = Loop(accelerator, state, record, guard, Cadence(**config.cadence()), *looks, images, settings, flops)
-    record.begin(done, looked)
-    record.environment(device=str(accelerator.device), attention=attention_kernel(pipe.unet), trained_parameters=state.size)
+    loop = Loop(accelerator, unet, state, record, guard, Cadence(**config.cadence()), *looks, settings)
 
     for _ in loop.updates(done, looked):
         # The training step.
@@ -306,7 +308,7 @@ def train(
     if accelerator.is_main_process:
         with writing(record.folder, "go on with --resume_from_checkpoint latest"):
             pipe.save_pretrained(record.folder)
-    loop.tell()
+    loop.finish()
     accelerator.print(
         f"pipeline in {record.folder}" + (f", pictures in {record.folder / 'preview.png'}" if config.validation_steps else "")
     )

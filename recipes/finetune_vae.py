@@ -175,12 +175,10 @@ def train(
     from medsd.data.intensity import label_channels
     from medsd.data.transforms import Augmentation, TrainingRows, row_classes, sample_images, sample_rows, to_unit
     from medsd.models.autoencoders import training_pass
-    from medsd.models.unet import attention_kernel
     from medsd.training.best import Best
     from medsd.training.loop import Cadence, Loop
     from medsd.training.reconstruction import HeldOutImages
     from medsd.training.setup import Optimisation, batches, frozen_hash, latent_noise, resume, start
-    from medsd.training.stopwatch import FlopCounter
 
     rows = sample_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples, config.seed)
     some = sample_images(rows, info.intensity_map, STATISTICS_IMAGES, info.resolution)
@@ -203,13 +201,8 @@ def train(
     augment = Augmentation(**config.augmentation(), label_channels=label_channels(intensity, info.image_channels))
     order = (row_classes(rows), config.train_batch_size, "natural", config.seed, done, config.dataloader_num_workers)
     stream = batches(accelerator, state.watch, TrainingRows(rows), *order)
-    images_seen = config.train_batch_size * config.gradient_accumulation_steps
-    plain = not (config.compile or config.enable_xformers_memory_efficient_attention)
-    flops = FlopCounter(accelerator.unwrap_model(autoencoder)) if plain else None
     looks = (best, partial(look, held_out, codec, record), partial(keep, config, codec, adapters, info, some))
-    loop = Loop(accelerator, state, record, guard, Cadence(**config.cadence()), *looks, images_seen, settings, flops)
-    record.begin(done, looked)
-    record.environment(device=str(accelerator.device), attention=attention_kernel(codec.vae), trained_parameters=state.size)
+    loop = Loop(accelerator, autoencoder, state, record, guard, Cadence(**config.cadence()), *looks, settings)
 
     for step in loop.updates(done, looked):
         # The training step.
@@ -228,9 +221,9 @@ def train(
     state.adopt_average()
     if accelerator.is_main_process:
         save(config, codec, adapters, info, some, record.folder)
-        with guard.waits(False):
-            report(config, codec, info, some, record.folder)
-    loop.tell()
+    loop.finish()
+    if accelerator.is_main_process:
+        report(config, codec, info, some, record.folder)
 
 
 def prepare_codebook(config: FinetuneVAEConfig, codec: "LearnedCodec", images: "Tensor") -> None:

@@ -42,7 +42,7 @@ def lines(folder):
 def files(folder):
     """Every tensor of a run's last checkpoint."""
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    return {file.name: load_file(file) for file in last.glob("*.safetensors") if file.name != "random.safetensors"}
+    return {file.name: load_file(file) for file in last.glob("*.safetensors") if file.name != "processes.safetensors"}
 
 
 def same(one, other):
@@ -76,6 +76,27 @@ def test_a_signal_saves_at_the_end_of_its_update(phantom_data, tmp_path, monkeyp
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train(phantom_data, folder, max_train_steps=4, **QUIET | {"checkpointing_steps": 4}, resume_from_checkpoint="latest")
     assert losses(folder) == losses(whole) and same(files(folder), files(whole))
+
+
+def test_a_log_line_counts_what_came_before_a_resume(phantom_data, tmp_path, monkeypatch):
+    flags = QUIET | {"logging_steps": 3, "max_train_steps": 4}
+    whole, folder = train(phantom_data, tmp_path / "whole", **flags), tmp_path / "unet"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_update(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(phantom_data, folder, **flags)
+    assert not (folder / "metrics.jsonl").exists()
+    train(phantom_data, folder, **flags, resume_from_checkpoint="latest")
+    assert lines(folder) == lines(whole) and [line["step"] for line in lines(whole)] == [3, 4]
+
+
+def test_a_signal_before_the_first_update_saves_nothing(phantom_data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        hold = Guard.hold
+        patch.setattr(Guard, "hold", lambda self: hold(self) or os.kill(os.getpid(), signal.SIGUSR1))
+        train(phantom_data, tmp_path / "unet", max_train_steps=4, **QUIET)
+    told = "SIGUSR1: nothing was trained yet; go on with --resume_from_checkpoint latest"
+    assert stopped.value.code == 75 and status(tmp_path / "unet") == {"state": "preempted", "step": 0, "reason": told}
+    assert not list((tmp_path / "unet").glob("checkpoint-*"))
 
 
 def test_a_look_that_is_broken_off_is_made_up_for(phantom_data, tmp_path, monkeypatch):
@@ -128,7 +149,8 @@ def test_a_signal_while_something_is_written_waits_for_it(phantom_data, tmp_path
 
 
 def test_a_signal_that_comes_while_processes_agree_counts_the_next_time(monkeypatch):
-    with Guard() as watch, watch.waits():
+    with Guard() as watch:
+        watch.hold()
         monkeypatch.setattr(Guard, "_highest", lambda self: os.kill(os.getpid(), signal.SIGTERM) or 0)
         accelerator = SimpleNamespace(num_processes=2)
         assert watch.agreed(accelerator) == 0 and watch.level > ENOUGH
@@ -138,17 +160,22 @@ def test_a_signal_that_comes_while_processes_agree_counts_the_next_time(monkeypa
 
 def test_signals_of_one_moment_count_once_and_the_last_kind_wins():
     with Guard() as watch:
-        with watch.waits():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                os.kill(os.getpid(), number)
+        watch.hold()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(os.getpid(), number)
         assert watch.preempted("x").code == 130
-        with pytest.raises(Preempted), watch.waits(), watch.waits(False):
+        with pytest.raises(Preempted), watch.interruptible():
             raise AssertionError("a signal had come before")
+        os.kill(os.getpid(), signal.SIGTERM)  # Kept again.
+        watch.release()
+        with pytest.raises(Preempted):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_an_impatient_user_stops_at_once(monkeypatch):
     monkeypatch.setattr(guard, "IMPATIENT", 0.05)
-    with Guard() as watch, pytest.raises(Preempted), watch.waits():
+    with Guard() as watch, pytest.raises(Preempted):
+        watch.hold()
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)

@@ -496,6 +496,19 @@ def test_a_long_table_is_encoded_only_where_it_is_needed(shared):
     assert seen == [3 if shared == 1 else 33]
 
 
+def test_gradients_of_prompts_are_added_in_one_order():
+    """However many threads add them: a resumed run has to learn the same to the last bit."""
+    table = torch.randn(4, 8, 64, generator=torch.Generator().manual_seed(0))
+    numbers, weights = torch.arange(2048) % 4, torch.randn(2048, 8, 64, generator=torch.Generator().manual_seed(1))
+
+    def gradient():
+        encoded = table.clone().requires_grad_()
+        (conditioning.encode_chosen(lambda ids: (encoded[ids[:, 0]],), torch.arange(4)[:, None], numbers) * weights).sum().backward()
+        return encoded.grad.numpy().tobytes()
+
+    assert len({gradient() for _ in range(30)}) == 1
+
+
 def test_an_autoencoder_is_trained_at_a_lower_side(findings_data, tmp_path):
     from medsd.config import FinetuneVAEConfig
     from recipes import finetune_vae

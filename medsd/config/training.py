@@ -123,8 +123,14 @@ class TrainingConfig(RecipeConfig):
 
     def cadence(self) -> dict[str, int | None]:
         """Keyword arguments of `medsd.training.loop.Cadence`."""
-        steps = {"last": self.max_train_steps, "logging": self.logging_steps, "validation": self.validation_steps}
-        return steps | {"checkpointing": self.checkpointing_steps, "checkpoints_kept": self.checkpoints_total_limit}
+        return {
+            "last": self.max_train_steps,
+            "images": self.train_batch_size * self.gradient_accumulation_steps,
+            "logging": self.logging_steps,
+            "validation": self.validation_steps,
+            "checkpointing": self.checkpointing_steps,
+            "checkpoints_kept": self.checkpoints_total_limit,
+        }
 
     def optimisation(self, default_rate: float) -> dict[str, object]:
         """Keyword arguments of `medsd.training.setup.Optimisation`."""

@@ -104,12 +104,13 @@ def encode(text_encoder: Any, ids: torch.Tensor) -> torch.Tensor:
 def encode_chosen(text_encoder: Any, table: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Condition `(B, tokens, dim)` of the prompts `chosen` `(B,)` from a table of token ids `(P, tokens)`.
 
-    Where the table is long, only the prompts that occur are encoded, each once.
+    Where the table is long, only the prompts that occur are encoded, each once. The gradients of a prompt's images are added in their
+    order: plain indexing would add them as its threads happen to come.
     """
     if len(table) <= max(WHOLE_TABLE, len(chosen)):
-        return encode(text_encoder, table)[chosen]
+        return encode(text_encoder, table).index_select(0, chosen)
     occurring, place = chosen.unique(return_inverse=True)
-    return encode(text_encoder, table[occurring])[place]
+    return encode(text_encoder, table[occurring]).index_select(0, place)
 
 
 def drop_prompts(prompts: torch.Tensor, empty: int, proportion: float, draws: Randomness) -> torch.Tensor:

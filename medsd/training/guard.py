@@ -47,10 +47,10 @@ class OutOfMemory(Exception):
 
 
 class Guard:
-    """Context manager in which signals raise Preempted; within `waits()` they are kept until `agreed` is asked."""
+    """Context manager in which signals raise Preempted at once; between `hold` and `release` they are kept until `agreed` is asked."""
 
     def __init__(self) -> None:
-        self.level, self.decided, self.waiting, self.first = 0, 0, False, math.inf
+        self.level, self.decided, self.holds, self.first = 0, 0, False, math.inf
         self.group: Any = None
         self.before: dict[signal.Signals, Any] = {}
 
@@ -70,19 +70,27 @@ class Guard:
         if received == signal.SIGINT:
             self.first = min(self.first, now)
         self.level = max(self.level, ASKED + list(EXIT_CODES).index(received))
-        if not self.waiting or impatient:
+        if not self.holds or impatient:
             raise Preempted(received)
 
+    def hold(self) -> None:
+        """From now on signals are kept for `agreed`, but for a SIGINT that is repeated."""
+        self.holds = True
+
+    def release(self) -> None:
+        """From now on signals stop the run at once again; those that were kept came too late to matter."""
+        self.holds = False
+
     @contextmanager
-    def waits(self, really: bool = True) -> Iterator[None]:
-        """Within, signals are kept for `agreed`, but for a SIGINT that is repeated; `really=False` lets them through for a while."""
-        before, self.waiting = self.waiting, really
+    def interruptible(self) -> Iterator[None]:
+        """Within, a signal, also one that was kept, stops the run at once; afterwards they are kept again."""
         try:
-            if not really and self.level >= ASKED:
+            self.release()
+            if self.level >= ASKED:
                 raise self.preempted()
             yield
         finally:
-            self.waiting = before
+            self.hold()
 
     def enough(self) -> None:
         """Let the run stop by itself."""

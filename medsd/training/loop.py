@@ -7,25 +7,28 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from medsd.errors import InputError
+from medsd.models.unet import attention_kernel
 from medsd.runtime import replacing
 from medsd.training.best import Best
 from medsd.training.checkpoint import clear_rests, save_checkpoint
 from medsd.training.guard import ASKED, Guard, Preempted
 from medsd.training.record import RunRecord
-from medsd.training.state import MOST_SKIPPED, TrainState, random_states
-from medsd.training.stopwatch import FlopCounter, described, profile
+from medsd.training.state import MOST_SKIPPED, TrainState, process_states
+from medsd.training.stopwatch import described, profile
 
 Write = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """The last update, and how many updates lie between two of a kind (0: none, not even after the last one)."""
+    """The last update, the images that a process sees in one, and how many lie between two of a kind (0: none, not even at the end)."""
 
     last: int
+    images: int
     logging: int
     validation: int
     checkpointing: int
@@ -37,6 +40,8 @@ class Loop:
     """A run's updates, and what happens between two of them."""
 
     accelerator: Any
+    network: torch.nn.Module
+    """What learns, as `start` returned it."""
     state: TrainState
     record: RunRecord
     guard: Guard
@@ -46,23 +51,28 @@ class Loop:
     """Told the step and where to write a line: what held-out images say of the averaged weights."""
     keep: Callable[[Path], None]
     """Writes the present model, with averaged weights, to an empty folder."""
-    images: int
-    """That this process sees in an update."""
     settings: dict[str, Any]
     """What determines the result, for checkpoints."""
-    flops: FlopCounter | None
+    looked: int = 0
+    """Step of the last look."""
+    saved: int = 0
+    """Step of the last checkpoint; 0 before there is one."""
+    trained: int = 0
+    """Updates that this call of the recipe has made."""
 
     def updates(self, done: int, looked: int) -> Iterator[int]:
         """Numbers of the updates after `done`, behind a bar; the caller learns from the micro-batches of each.
 
         After it all processes save a checkpoint, and the main process looks with the averaged weights, when these are due. `looked` is
         the step of the last look: one that was broken off is made up for first. Raises Preempted after a signal, and InputError where
-        too many updates in a row were skipped; both with a checkpoint. From then on signals wait, so that the model can be written.
+        too many updates in a row were skipped; both with a checkpoint. Signals are kept until `finish`, so that the model can be written.
         """
         self.looked, self.saved, main = looked, done, self.accelerator.is_main_process
+        kernel = attention_kernel(self.network)
+        self.record.begin(done, looked, device=str(self.accelerator.device), attention=kernel, trained_parameters=self.state.size)
         if main:
             clear_rests(self.record.folder, done, self.cadence.checkpoints_kept)
-        self.guard.waiting = True
+        self.guard.hold()
         bar = tqdm(range(done + 1, self.cadence.last + 1), initial=done, total=self.cadence.last, disable=not main)
         if looked < done and self._due(done, self.cadence.validation):
             self._look(done, bar.write)
@@ -72,15 +82,15 @@ class Loop:
         for step in steps:
             yield step
             self.state.finish_update()
-            self.record.step = step
+            self.record.step, self.trained = step, step - done
             stops = self._between(step, bar)
             self.state.watch.mark("other")
             if stops:
                 break
         bar.close()
         if self.guard.decided >= ASKED:
-            raise self.guard.preempted(f"checkpoint-{self.saved} is saved; go on with --resume_from_checkpoint latest")
-        self.trained = (self.record.step - done) * self.images
+            there = f"checkpoint-{self.saved} is saved" if self.saved else "nothing was trained yet"
+            raise self.guard.preempted(f"{there}; go on with --resume_from_checkpoint latest")
 
     def _between(self, step: int, bar: tqdm) -> bool:
         """What is due after an update; whether it was the last one. The checkpoint comes first, since a look may fail."""
@@ -117,7 +127,7 @@ class Loop:
             if not self.accelerator.is_main_process:
                 return
             try:
-                with self.guard.waits(False), self.accelerator.autocast():
+                with self.guard.interruptible(), self.accelerator.autocast():
                     numbers = self.look(step, write)
             except Preempted:
                 return
@@ -154,7 +164,7 @@ class Loop:
             "state": self.state.record(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        files = chain(self.state.files(), [("random", random_states(self.accelerator))])
+        files = chain(self.state.files(), [("processes", process_states(self.accelerator, self.state))])
         if self.accelerator.is_main_process:
             save_checkpoint(self.record.folder, step, files, record, self.cadence.checkpoints_kept)
         else:
@@ -162,13 +172,13 @@ class Loop:
         self.accelerator.wait_for_everyone()
         self.saved = step
 
-    def tell(self) -> None:
+    def finish(self) -> None:
         """Once the model is written: why the run stopped early, and a line about its speed, which `environment.json` keeps."""
+        self.guard.release()
         if self.record.reason:
             self.accelerator.print(f"stopped early: {self.record.reason}, see {self.record.folder / 'best'}")
         if self.trained:
-            flops = self.flops.per_image() if self.flops is not None else None
-            processes, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
-            numbers = profile(self.state.watch, self.trained, processes, flops, precision)
+            images, accelerator = self.trained * self.cadence.images, self.accelerator
+            numbers = profile(self.state.watch, images, accelerator.num_processes, accelerator.mixed_precision)
             self.record.environment(profile=numbers)
             self.accelerator.print(f"speed: {described(numbers)}")

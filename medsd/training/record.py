@@ -38,8 +38,11 @@ class RunRecord:
     def __enter__(self) -> "RunRecord":
         return self
 
-    def begin(self, step: int, looked: int) -> None:
-        """Go on after update `step`: what a run that was cut off recorded of later ones, or of looks after that at `looked`, is dropped."""
+    def begin(self, step: int, looked: int, **facts: Any) -> None:
+        """Go on after update `step`: what a run that was cut off recorded of later ones, or of looks after that at `looked`, is dropped.
+
+        `facts`, such as the attention kernel, go to `environment.json`.
+        """
         self.step, self.begun = step, True
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +50,7 @@ class RunRecord:
             _drop_later(self.folder / "metrics.jsonl", step, looked)
             recover_folder(self.folder / "best")
             self._status("running")
+            self.environment(**facts)
             if self.tensorboard:
                 self.board = _summary_writer(self.folder / "tensorboard", step + 1)
 
@@ -63,7 +67,7 @@ class RunRecord:
                 self._status("failed", f"{type(error).__name__}: {error}")
 
     def environment(self, **facts: Any) -> None:
-        """Write `environment.json`: versions, commit, machine, and `facts` such as the attention kernel, added to those told before."""
+        """Write `environment.json`: versions, commit, machine, and `facts`, added to those told before."""
         self.facts |= facts
         if self.writes:
             record = {

@@ -18,8 +18,8 @@ from medsd.randomness import Part, Randomness, normal
 from medsd.runtime import LONGEST_WAIT, use_all_cores
 from medsd.training.checkpoint import check_same, find_checkpoint, read_record, read_tensors
 from medsd.training.sharding import Mirror, alike, configure
-from medsd.training.state import TrainState, restore_random_states, trained_parameters
-from medsd.training.stopwatch import Stopwatch
+from medsd.training.state import TrainState, restore_process_states, trained_parameters
+from medsd.training.stopwatch import FlopCounter, Stopwatch
 
 EMA_DECAY = 0.999
 FEW_NUMBERS = 1024
@@ -100,8 +100,8 @@ def start(
     mirror = None
     if accelerator.distributed_type == "FSDP":
         mirror = Mirror(trained_parameters(module), accelerator.is_main_process)
-        plain, module = module, deepcopy(module)
-        plain.to(accelerator.device if accelerator.is_main_process else "cpu")
+        original, module = module, deepcopy(module)
+        original.to(accelerator.device if accelerator.is_main_process else "cpu")
         configure(accelerator, module)
     elif accelerator.device.type == "cuda":
         module.to(memory_format=torch.channels_last)
@@ -110,10 +110,11 @@ def start(
     optimizer = build_optimizer(trained_parameters(module).values(), chosen.learning_rate, chosen.use_8bit_adam)
     schedule = build_schedule(optimizer, chosen.lr_scheduler, chosen.lr_warmup_steps, chosen.max_train_steps)
     network, prepared = accelerator.prepare(module, optimizer)
-    parameters = trained_parameters(accelerator.unwrap_model(network))
+    plain = accelerator.unwrap_model(network)
+    parameters = trained_parameters(plain)
     masks = {name: alike(mask.to(accelerator.device), parameters[name]) for name, mask in masks.items()}
-    decay, watch = EMA_DECAY if chosen.use_ema else None, watch or Stopwatch(accelerator.device)
-    return TrainState(parameters, prepared, schedule, decay, watch, masks, mirror), network.train()
+    watch = watch or Stopwatch(accelerator.device, None if chosen.compile else FlopCounter(plain))
+    return TrainState(parameters, prepared, schedule, EMA_DECAY if chosen.use_ema else None, watch, masks, mirror), network.train()
 
 
 def resume(
@@ -130,7 +131,7 @@ def resume(
     state.restore(partial(read_tensors, checkpoint), record["state"])
     if accelerator.scaler is not None and record["scaler"] is not None:
         accelerator.scaler.load_state_dict(record["scaler"])
-    restore_random_states(accelerator, read_tensors(checkpoint, "random"))
+    restore_process_states(accelerator, state, read_tensors(checkpoint, "processes"))
     return record["step"], record["looked"]
 
 

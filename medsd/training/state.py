@@ -12,12 +12,12 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from medsd.errors import InputError
+from medsd.training.checkpoint import Tensors
 from medsd.training.sharding import Mirror, alike, rejoined, shard, whole
 from medsd.training.stopwatch import Stopwatch
 
 MOST_SKIPPED = 20
 """So many skipped updates in a row end a run. Mixed precision fp16 skips some in its first steps, while it looks for its scale."""
-Tensors = dict[str, torch.Tensor]
 
 
 class TrainState:
@@ -48,6 +48,10 @@ class TrainState:
     def _shards(self) -> list[torch.Tensor]:
         """What this process holds of each parameter."""
         return [shard(parameter) for parameter in self.parameters.values()]
+
+    def parts(self) -> dict[str, "TrainState"]:
+        """This state, under the name of no partner, and its partners."""
+        return {"": self, **self.partners}
 
     @property
     def size(self) -> int:
@@ -114,16 +118,16 @@ class TrainState:
 
     def skipped_in_a_row(self) -> int:
         """The host waits for the device here."""
-        return max(int(state.skipped[1]) for state in (self, *self.partners.values()))
+        return max(int(part.skipped[1]) for part in self.parts().values())
 
     def skipped_at_all(self) -> int:
         """Updates that were skipped since the run began. The host waits for the device here."""
-        return sum(int(state.skipped[0]) for state in (self, *self.partners.values()))
+        return sum(int(part.skipped[0]) for part in self.parts().values())
 
     def forget_row(self) -> None:
         """Count skipped updates in a row anew."""
-        for state in (self, *self.partners.values()):
-            state.skipped[1] = 0
+        for part in self.parts().values():
+            part.skipped[1] = 0
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -215,19 +219,23 @@ def spread(value: torch.Tensor, path: str, parameters: list[torch.nn.Parameter])
     return torch.empty_like(parameter, dtype=value.dtype).copy_(alike(value, parameter))
 
 
-def random_states(accelerator: Any) -> Tensors:
-    """States of torch's global generators, one row for each process: models with dropout draw from them."""
+def process_states(accelerator: Any, state: TrainState) -> Tensors:
+    """What each process has of its own, one row each: torch's global generators (models with dropout draw from them), and the losses
+    since the last log line."""
     device = accelerator.device
-    states = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-    return {name: accelerator.gather(state[None].to(device)).cpu() for name, state in states.items()}
+    own = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    own |= {f"losses/{name}": torch.stack(part.losses) for name, part in state.parts().items() if part.losses}
+    return {name: accelerator.gather(tensor[None].to(device)).cpu() for name, tensor in own.items()}
 
 
-def restore_random_states(accelerator: Any, states: Tensors) -> None:
-    """Inverse of `random_states`; a process that was not there takes one of the others' states."""
-    rows = {name: rows[accelerator.process_index % len(rows)].clone() for name, rows in states.items()}
+def restore_process_states(accelerator: Any, state: TrainState, saved: Tensors) -> None:
+    """Inverse of `process_states`; a process that was not there takes one of the others' rows."""
+    rows = {name: rows[accelerator.process_index % len(rows)].clone() for name, rows in saved.items()}
     torch.set_rng_state(rows["cpu"])
     if accelerator.device.type == "cuda" and "cuda" in rows:
         torch.cuda.set_rng_state(rows["cuda"], accelerator.device)
+    for name, part in state.parts().items():
+        part.losses[:] = rows[f"losses/{name}"].to(accelerator.device).unbind() if f"losses/{name}" in rows else []
 
 
 def take_tensors(value: Any, path: str = "optimizer") -> tuple[Any, Tensors]:

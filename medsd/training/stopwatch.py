@@ -8,6 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from medsd.models.unet import attention_kernel
+
 PHASES = ("data", "forward", "backward", "optimizer")
 """Of a training step; everything else (logging, looks, checkpoints) is `other`."""
 PEAKS = {
@@ -27,10 +29,13 @@ PEAKS = {
 
 
 class Stopwatch:
-    """Seconds by phase: `mark(phase)` gives the time since the last mark to that phase. On a GPU it is the device's own time."""
+    """Seconds by phase: `mark(phase)` gives the time since the last mark to that phase. On a GPU it is the device's own time.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    `flops` counts what a training step takes, where that can be counted.
+    """
+
+    def __init__(self, device: torch.device, flops: "FlopCounter | None" = None) -> None:
+        self.device, self.flops = device, flops
         self.seconds = dict.fromkeys((*PHASES, "other"), 0.0)
         self._open: list[tuple[str, Any, Any]] = []
         self._last = self._now()
@@ -75,8 +80,10 @@ class FlopCounter:
         self.handle.remove()
 
     @torch.no_grad()
-    def per_image(self) -> float:
-        """Call it once, when the training is over."""
+    def per_image(self) -> float | None:
+        """Call it once, when the training is over. None for attention by xformers, which is not counted."""
+        if attention_kernel(self.network) == "xformers":
+            return None
         # The counter knows the products within plain attention, but not every kernel that stands for them.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.network(*self.example)
@@ -85,8 +92,8 @@ class FlopCounter:
         return counter.get_total_flops() * (3 if mostly_learns else 2)
 
 
-def profile(watch: Stopwatch, images: int, processes: int, flops: float | None, precision: str) -> dict[str, Any]:
-    """Share of each phase, images/s of the training steps, peak memory in GB, and FLOP/s of `flops` per image where they were counted.
+def profile(watch: Stopwatch, images: int, processes: int, precision: str) -> dict[str, Any]:
+    """Share of each phase, images/s of the training steps, peak memory in GB, and FLOP/s where they were counted. Call it at the end.
 
     `images` are those that one process has seen. Images/s are those of all processes together, the others those of one;
     `peak_share` is of the device's data sheet, None where that is not known.
@@ -96,7 +103,7 @@ def profile(watch: Stopwatch, images: int, processes: int, flops: float | None, 
     rate = images / busy if busy else 0.0
     numbers = {f"share_{phase}": round(watch.seconds[phase] / busy, 4) if busy else 0.0 for phase in PHASES}
     numbers |= {"images_per_second": round(rate * processes, 3), "peak_memory_gb": round(peak_memory(watch.device) / 1e9, 3)}
-    if flops:
+    if flops := watch.flops.per_image() if watch.flops is not None else None:
         peak = peak_flops(watch.device, precision)
         numbers |= {"flops_per_second": flops * rate, "peak_share": flops * rate / peak if peak else None}
     return numbers
