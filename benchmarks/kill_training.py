@@ -51,7 +51,6 @@ PHASES = {
 """Where each phase's function lives, and its name there."""
 WHERE = ("before", "within", "after")
 FLAGS = {
-    "train_batch_size": 2,
     "max_train_steps": 12,
     "lr_warmup_steps": 2,
     "validation_steps": 8,
@@ -61,7 +60,9 @@ FLAGS = {
     "random_shift": 2,
     "report_to": "none",
 }
-QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+IMAGES = 32
+"""In an update: so many that sums are split over all cores, whose order must not matter."""
 TOLD = {"config.yaml", "environment.json", "metrics.jsonl"}
 """Files that hold times, or flags such as `--resume_from_checkpoint`."""
 Rows = dict[int, list[list[int]]]
@@ -78,7 +79,8 @@ class Variant:
 
     def flags(self, data: Path, base: Path) -> dict[str, Any]:
         """With accumulation classes are balanced and timesteps drawn by importance, so that there is more to get wrong."""
-        chosen = {"dataset_name": str(data), "dataloader_num_workers": self.workers, "gradient_accumulation_steps": self.accumulation}
+        chosen = {"dataset_name": str(data), "dataloader_num_workers": self.workers}
+        chosen |= {"train_batch_size": IMAGES // self.accumulation, "gradient_accumulation_steps": self.accumulation}
         more = {"class_sampling": "balanced", "timestep_sampling": "importance"} if self.accumulation > 1 else {}
         return FLAGS | chosen | more | ({"pretrained_model_name_or_path": str(base), "rank": 4} if self.lora else {})
 
@@ -293,7 +295,7 @@ def kill_once(run: Path, variant: Variant, reference: Reference, point: Point) -
 
 
 def kill_often(
-    folder: Path, kills: int, seed: int, jobs: int = 2, phases: Sequence[str] = tuple(PHASES), variants: Sequence[Variant] = VARIANTS
+    folder: Path, kills: int, seed: int, jobs: int = 1, phases: Sequence[str] = tuple(PHASES), variants: Sequence[Variant] = VARIANTS
 ) -> list[Kill]:
     """The references, then so many kills, `jobs` at a time; prints a line for each."""
     data, numbers = prepare_data(folder), range(kills)
@@ -326,7 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each of which uses all cores")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -16,11 +16,12 @@ from tests.conftest import REPOSITORY
 from tests.test_recipes import losses
 
 ACCELERATE = str(Path(sys.executable).with_name("accelerate"))
-SHARDED = str(REPOSITORY / "recipes" / "configs" / "accelerate" / "fsdp2.yaml")
+CONFIGS = REPOSITORY / "recipes" / "configs" / "accelerate"
 LAUNCHERS = {
     1: [ACCELERATE, "launch", "--num_processes", "1"],
     2: [ACCELERATE, "launch", "--multi_gpu", "--num_processes", "2"],
-    "sharded": [ACCELERATE, "launch", "--config_file", SHARDED, "tests/fsdp_on_cpu.py"],
+    "fsdp2": [ACCELERATE, "launch", "--config_file", str(CONFIGS / "fsdp2.yaml"), "tests/fsdp_on_cpu.py"],
+    "zero2": [ACCELERATE, "launch", "--config_file", str(CONFIGS / "zero2.yaml"), "tests/fsdp_on_cpu.py"],
 }
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 COMMON = ["--logging_steps", "1", "--report_to", "none", "--lr_scheduler", "constant", "--validation_steps", "0", "--random_shift", "2"]
@@ -53,7 +54,7 @@ def whole(phantom_data, tmp_path_factory):
     return launch(1, tmp_path_factory.mktemp("whole") / "unet", phantom_data, *flags)
 
 
-@pytest.mark.parametrize("processes", [2, "sharded"])
+@pytest.mark.parametrize("processes", [2, "fsdp2", "zero2"])
 def test_two_processes_train_as_one_with_twice_the_batch_and_resume(phantom_data, whole, tmp_path, processes):
     flags = ["--train_batch_size", "4", "--checkpointing_steps", "5"]
     folder = launch(processes, tmp_path / "unet", phantom_data, *flags, "--max_train_steps", "20")
@@ -68,7 +69,7 @@ def test_two_processes_train_as_one_with_twice_the_batch_and_resume(phantom_data
 
 def test_adapters_and_class_tokens_are_sharded_in_half_precision(phantom_data, whole, tmp_path):
     flags = ["--pretrained_model_name_or_path", str(whole), "--rank", "2", "--mixed_precision", "bf16", "--checkpointing_steps", "2"]
-    folder = launch("sharded", tmp_path / "unet", phantom_data, *flags, "--train_batch_size", "4", "--max_train_steps", "4")
+    folder = launch("fsdp2", tmp_path / "unet", phantom_data, *flags, "--train_batch_size", "4", "--max_train_steps", "4")
     plain = launch(1, tmp_path / "one", phantom_data, *flags, "--train_batch_size", "8", "--max_train_steps", "4")
     assert losses(folder) == pytest.approx(losses(plain), rel=0.02)
     assert (folder / "learned_embeds" / "epidural.safetensors").is_file()
@@ -123,7 +124,7 @@ def test_a_terminated_run_saves_and_leaves_nobody_behind(phantom_data, tmp_path,
     ("processes", "recipe", "flags", "message"),
     [
         (2, "finetune_unet", ["--auto_batch_size"], "--auto_batch_size is for one process"),
-        ("sharded", "finetune_vae", [], "an autoencoder fits one GPU"),
+        ("fsdp2", "finetune_vae", [], "an autoencoder fits one GPU"),
     ],
 )
 def test_a_launch_that_does_not_fit_is_refused(phantom_data, tmp_path, processes, recipe, flags, message):

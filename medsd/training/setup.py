@@ -51,7 +51,8 @@ def check_launch(accelerator: Any, auto_batch_size: bool, may_shard: bool) -> No
     """Raise InputError for a way of launching that this run does not know."""
     kind, config = accelerator.distributed_type, "recipes/configs/accelerate"
     if kind not in {"NO", "MULTI_GPU", "MULTI_CPU", "FSDP"}:
-        raise InputError(f"a launch as {kind.value} is not known: {config}/ddp.yaml and fsdp2.yaml are, and train.sbatch for several nodes")
+        known = f"{config}/ddp.yaml, fsdp2.yaml and zero2.yaml (which shares out what DeepSpeed's ZeRO-2 does) are"
+        raise InputError(f"a launch as {kind.value} is not known: {known}, and train.sbatch for several nodes")
     if kind == "FSDP" and not (may_shard and accelerator.is_fsdp2):
         known = f"{config}/fsdp2.yaml has version 2" if may_shard else f"an autoencoder fits one GPU, use {config}/ddp.yaml"
         raise InputError(f"a launch as FSDP: {known}")
