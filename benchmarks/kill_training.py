@@ -56,7 +56,7 @@ FLAGS = {
     "validation_steps": 8,
     "checkpointing_steps": 2,
     "checkpoints_total_limit": 2,
-    "logging_steps": 1,
+    "logging_steps": 3,
     "random_shift": 2,
     "report_to": "none",
 }

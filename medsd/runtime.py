@@ -121,10 +121,11 @@ def partial_folder(final: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is never seen half-written."""
+    """Write a file so that it is never seen half-written; raises InputError where it cannot be."""
     made = path.with_name(f".{path.name}.partial")
-    made.write_text(text)
-    os.replace(made, path)
+    with writing(path):
+        made.write_text(text)
+        os.replace(made, path)
 
 
 def follow_launcher() -> None:
@@ -142,6 +143,11 @@ def follow_launcher() -> None:
     if not any(word in parent for word in (b"python", b"accelerate", b"torchrun")):
         print(f"error: the launcher that set {' or '.join(LAUNCHED)} is gone; unset them to train without one", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
+
+
+def to_device(value: Any, device: Any) -> Any:
+    """A tensor of the CPU there, without waiting: a GPU takes what lies in pinned memory while it computes."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def use_all_cores(accelerator: Any) -> None:

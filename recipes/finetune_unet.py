@@ -42,7 +42,6 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     from medsd.data.intensity import label_channels
     from medsd.data.transforms import sample_rows
     from medsd.runtime import check_output, quiet_libraries
-    from medsd.training.guard import watched_memory
     from medsd.training.record import RunRecord
     from medsd.training.setup import build_accelerator, check_launch, choose_checkpoint, clear_output, eight_bit_adam
 
@@ -63,7 +62,7 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     source = build_source(config, accelerator, pipe, rows)
     clear_output(accelerator, output_dir, config.overwrite)
     record = RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard")
-    with record, watched_memory():
+    with record, guard.watching_memory():
         train(config, accelerator, pipe, rows, source, record, guard, checkpoint)
     if config.push_to_hub and accelerator.is_main_process:
         print("pushed to", pipe.push_to_hub(config.hub_model_id, private=config.hub_private_repo))
@@ -264,6 +263,7 @@ def train(
     from medsd.training.loop import Cadence, Loop
     from medsd.training.preview import HeldOut
     from medsd.training.prompts import row_prompts
+    from medsd.training.record import AGAIN
     from medsd.training.setup import Optimisation, batches, frozen_hash, resume, start
 
     table = row_prompts(rows, pipe.data)
@@ -278,7 +278,7 @@ def train(
     best = Best(f"validation_{config.best_metric}", config.best_metric == "auroc", config.early_stopping)
     best.check(held_out.names)
     state.memory |= {"timesteps": sampler.state, "best": best.state}
-    done, looked = resume(accelerator, state, checkpoint, settings, config.allow_config_change)
+    done, owes_look = resume(accelerator, state, checkpoint, settings, config.allow_config_change)
     with_masks = config.lesion_weight != 1 and not config.cache_latents
     reader = TrainingRows(rows, table.numbers, with_masks, with_images=not config.cache_latents)
     order = (row_classes(rows), config.train_batch_size, config.class_sampling, config.seed, done, config.dataloader_num_workers)
@@ -288,7 +288,7 @@ def train(
     looks = (best, partial(look, held_out, record), pipe.save_pretrained)
     loop = Loop(accelerator, unet, state, record, guard, Cadence(**config.cadence()), *looks, settings)
 
-    for _ in loop.updates(done, looked):
+    for _ in loop.updates(done, owes_look):
         # The training step.
         for _ in range(config.gradient_accumulation_steps):
             batch, draws = next(stream)
@@ -306,7 +306,7 @@ def train(
     accelerator.wait_for_everyone()
     state.adopt_average()
     if accelerator.is_main_process:
-        with writing(record.folder, "go on with --resume_from_checkpoint latest"):
+        with writing(record.folder, AGAIN):
             pipe.save_pretrained(record.folder)
     loop.finish()
     accelerator.print(

@@ -54,7 +54,6 @@ def fine_tune(config: FinetuneVAEConfig, guard: "Guard") -> None:
     from medsd.models.codec import codec_of
     from medsd.models.unet import enable_xformers
     from medsd.runtime import check_output, quiet_libraries
-    from medsd.training.guard import watched_memory
     from medsd.training.record import RunRecord
     from medsd.training.setup import build_accelerator, check_launch, choose_checkpoint, clear_output, eight_bit_adam
 
@@ -81,7 +80,7 @@ def fine_tune(config: FinetuneVAEConfig, guard: "Guard") -> None:
     distance = build_distance(config)
     clear_output(accelerator, output_dir, config.overwrite)
     record = RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard")
-    with record, watched_memory():
+    with record, guard.watching_memory():
         train(config, accelerator, codec, info, distance, record, guard, checkpoint)
     if config.push_to_hub and accelerator.is_main_process:
         load_vae(str(output_dir)).push_to_hub(config.hub_model_id, private=config.hub_private_repo)
@@ -196,7 +195,7 @@ def train(
     held_out = HeldOutImages.load(config.dataset_name, info, LOOK_IMAGES)
     best = Best(f"{held_out.split}_l1", higher=False, patience=config.early_stopping)
     state.memory["best"] = best.state
-    done, looked = resume(accelerator, state, checkpoint, settings, config.allow_config_change)
+    done, owes_look = resume(accelerator, state, checkpoint, settings, config.allow_config_change)
     penalty, intensity, distance = build_penalty(config, codec), info.intensity_map, distance.to(accelerator.device)
     augment = Augmentation(**config.augmentation(), label_channels=label_channels(intensity, info.image_channels))
     order = (row_classes(rows), config.train_batch_size, "natural", config.seed, done, config.dataloader_num_workers)
@@ -204,7 +203,7 @@ def train(
     looks = (best, partial(look, held_out, codec, record), partial(keep, config, codec, adapters, info, some))
     loop = Loop(accelerator, autoencoder, state, record, guard, Cadence(**config.cadence()), *looks, settings)
 
-    for step in loop.updates(done, looked):
+    for step in loop.updates(done, owes_look):
         # The training step.
         for _ in range(config.gradient_accumulation_steps):
             batch, draws = next(stream)
@@ -257,8 +256,9 @@ def save(config: FinetuneVAEConfig, codec: "LearnedCodec", adapters: Any, info: 
     """Put the autoencoder into the run's folder."""
     from medsd.inference.folder import publish
     from medsd.runtime import partial_folder, writing
+    from medsd.training.record import AGAIN
 
-    with writing(folder, "go on with --resume_from_checkpoint latest"):
+    with writing(folder, AGAIN):
         made = partial_folder(folder)
         keep(config, codec, adapters, info, images, made)
         publish(made, folder)

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from medsd.training.best import Best
 from medsd.training.guard import ENOUGH, Guard, Preempted, smaller
 from medsd.training.latents import EncodedLatents
 from medsd.training.state import TrainState
+from medsd.training.stopwatch import FlopCounter
 from tests import test_finetune_vae
 from tests.conftest import REPOSITORY
 from tests.test_recipes import losses, train
@@ -64,7 +66,7 @@ def at_update(monkeypatch, number, act):
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 75), ("SIGHUP", 129)])
-def test_a_signal_saves_at_the_end_of_its_update(phantom_data, tmp_path, monkeypatch, name, code):
+def test_a_signal_saves_at_the_end_of_its_update(phantom_data, tmp_path, monkeypatch, capsys, name, code):
     whole = train(phantom_data, tmp_path / "whole", max_train_steps=4, **QUIET | {"checkpointing_steps": 4})
     folder = tmp_path / "unet"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
@@ -72,6 +74,7 @@ def test_a_signal_saves_at_the_end_of_its_update(phantom_data, tmp_path, monkeyp
         train(phantom_data, folder, max_train_steps=4, **QUIET)
     assert stopped.value.code == code and losses(folder) == losses(whole)[:2]
     told = f"{name}: checkpoint-2 is saved; go on with --resume_from_checkpoint latest"
+    assert f"stopped by {told}" in capsys.readouterr().out
     assert status(folder) == {"state": "preempted", "step": 2, "reason": told}
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train(phantom_data, folder, max_train_steps=4, **QUIET | {"checkpointing_steps": 4}, resume_from_checkpoint="latest")
@@ -85,8 +88,12 @@ def test_a_log_line_counts_what_came_before_a_resume(phantom_data, tmp_path, mon
         at_update(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         train(phantom_data, folder, **flags)
     assert not (folder / "metrics.jsonl").exists()
+    shutil.copytree(folder, tmp_path / "split")
     train(phantom_data, folder, **flags, resume_from_checkpoint="latest")
     assert lines(folder) == lines(whole) and [line["step"] for line in lines(whole)] == [3, 4]
+    halves = flags | {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+    split = train(phantom_data, tmp_path / "split", **halves, resume_from_checkpoint="latest")
+    assert losses(split) == pytest.approx(losses(whole), rel=1e-5)
 
 
 def test_a_signal_before_the_first_update_saves_nothing(phantom_data, tmp_path, monkeypatch):
@@ -94,7 +101,7 @@ def test_a_signal_before_the_first_update_saves_nothing(phantom_data, tmp_path, 
         hold = Guard.hold
         patch.setattr(Guard, "hold", lambda self: hold(self) or os.kill(os.getpid(), signal.SIGUSR1))
         train(phantom_data, tmp_path / "unet", max_train_steps=4, **QUIET)
-    told = "SIGUSR1: nothing was trained yet; go on with --resume_from_checkpoint latest"
+    told = "SIGUSR1: no update was made; start again with the same command"
     assert stopped.value.code == 75 and status(tmp_path / "unet") == {"state": "preempted", "step": 0, "reason": told}
     assert not list((tmp_path / "unet").glob("checkpoint-*"))
 
@@ -128,7 +135,7 @@ def test_a_failing_look_costs_nothing(phantom_data, tmp_path, monkeypatch):
 
 
 def test_a_signal_while_something_is_written_waits_for_it(phantom_data, tmp_path, monkeypatch):
-    """The best model, a checkpoint, and the model at the end are all whole."""
+    """The best model and a checkpoint are whole."""
     flags = {"max_train_steps": 2, "validation_steps": 1, "checkpointing_steps": 1}
     whole = train(phantom_data, tmp_path / "whole", **flags)
     for number, (place, name) in enumerate({("medsd.training.loop", "save_checkpoint"), ("medsd.inference.folder", "publish")}):
@@ -146,6 +153,28 @@ def test_a_signal_while_something_is_written_waits_for_it(phantom_data, tmp_path
         assert MedSDPipeline.from_pretrained(folder / "best").class_names if name == "publish" else not (folder / "best").exists()
         train(phantom_data, folder, **flags, resume_from_checkpoint="latest")
         assert same(files(folder), files(whole)) and MedSDPipeline.from_pretrained(folder / "best").class_names
+
+
+def test_a_signal_while_the_final_model_is_written_comes_too_late(phantom_data, tmp_path, monkeypatch):
+    received, real = [], importlib.import_module("medsd.inference.folder").publish
+
+    def terminated(*arguments):
+        received.append(os.kill(os.getpid(), signal.SIGTERM))
+        return real(*arguments)
+
+    monkeypatch.setattr("medsd.inference.folder.publish", terminated)
+    folder = train(phantom_data, tmp_path / "unet", max_train_steps=2, **QUIET)
+    assert len(received) == 1 and status(folder)["state"] == "finished" and MedSDPipeline.from_pretrained(folder).class_names
+
+
+def test_a_signal_before_a_run_begins_is_told_unless_it_had_finished(phantom_data, tmp_path, monkeypatch):
+    folder = train(phantom_data, tmp_path / "unet", max_train_steps=2, **QUIET | {"checkpointing_steps": 2})
+    monkeypatch.setattr("recipes.finetune_unet.train", lambda *arguments: os.kill(os.getpid(), signal.SIGUSR1))
+    for before, after in (("finished", "finished"), ("failed", "preempted")):
+        (folder / "status.json").write_text(json.dumps({"state": before, "step": 2, "reason": ""}))
+        with pytest.raises(SystemExit):
+            train(phantom_data, folder, max_train_steps=2, **QUIET, resume_from_checkpoint="latest")
+        assert status(folder)["state"] == after
 
 
 def test_a_signal_that_comes_while_processes_agree_counts_the_next_time(monkeypatch):
@@ -340,11 +369,13 @@ def test_smaller_micro_batches_see_as_many_images():
     config = FinetuneUNetConfig(train_batch_size=12, gradient_accumulation_steps=2, auto_batch_size=True, overwrite=True)
     seen = []
     while config.train_batch_size > 1:
-        config = smaller(config, "no room")
+        config = smaller(config, "no room", saved=False)
         seen.append((config.train_batch_size, config.gradient_accumulation_steps))
     assert seen == [(6, 4), (3, 8), (1, 24)] and config.resume_from_checkpoint == "latest" and not config.overwrite
     with pytest.raises(InputError, match="out of memory with --train_batch_size 1 .no room.: --gradient_checkpointing"):
-        smaller(config, "no room")
+        smaller(config, "no room", saved=True)
+    config = FinetuneUNetConfig(train_batch_size=2, auto_batch_size=True, resume_from_checkpoint="checkpoint-2")
+    assert [smaller(config, "no room", saved).resume_from_checkpoint for saved in (False, True)] == ["checkpoint-2", "latest"]
 
 
 # The best look
@@ -379,6 +410,30 @@ def test_early_stopping_leaves_the_best_and_goes_on_after_a_resume(phantom_data,
     assert status(folder)["step"] == 4, "it had been stopped"
 
 
+def test_a_longer_run_keeps_the_last_look_and_the_best(phantom_data, tmp_path, monkeypatch):
+    script = {2: 0.7, 3: 0.5, 4: 0.9, 6: 0.8}
+    monkeypatch.setattr("medsd.training.preview.HeldOut.numbers", lambda self: {"validation_loss": next(looks)})
+    flags = {"lr_scheduler": "constant", "validation_steps": 2, "checkpointing_steps": 2}
+    looks = iter([script[2], script[3]])
+    folder = train(phantom_data, tmp_path / "unet", max_train_steps=3, **flags)
+    best = (folder / "best" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    looks = iter([script[3], script[4], script[6]])
+    train(phantom_data, folder, max_train_steps=6, **flags, resume_from_checkpoint="latest")
+    seen = {line["step"]: line["validation_loss"] for line in lines(folder) if "validation_loss" in line}
+    assert seen == script and (folder / "best" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == best
+
+
+def test_looks_without_a_number_are_said_to_be_so(phantom_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("medsd.training.preview.HeldOut.loss", lambda self: math.nan)
+    flags = {"validation_steps": 1, "early_stopping": 2, "checkpointing_steps": 0}
+    folder = train(phantom_data, tmp_path / "unet", max_train_steps=4, **flags)
+    reason = "no better look in 2: validation loss was never finite"
+    assert status(folder) == {"state": "finished", "step": 2, "reason": reason} and not (folder / "best").exists()
+    assert f"stopped early: {reason}\n" in capsys.readouterr().out
+    train(phantom_data, tmp_path / "last", max_train_steps=2, **flags)
+    assert status(tmp_path / "last") == {"state": "finished", "step": 2, "reason": ""}, "it was over anyway"
+
+
 def test_a_best_value_is_kept_exactly():
     best = Best("score", higher=True, patience=3)
     assert [best.improved(step, {"score": 0.7}) for step in range(4)] == [True, False, False, False] and best.hopeless
@@ -389,6 +444,41 @@ def test_what_cannot_be_measured_cannot_be_gone_by(phantom_data, tmp_path, flags
     with pytest.raises(InputError, match=message):
         train(phantom_data, tmp_path / "unet", unconditional=True, **flags | {"best_metric": "auroc"})
     assert not (tmp_path / "unet").exists()
+
+
+# What training takes
+
+
+def test_flops_are_those_of_a_batch_by_image():
+    """Two FLOPs for each weight and image, thrice in training; what is computed once a batch is shared out."""
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.each = torch.nn.Linear(8, 4), torch.nn.Linear(4, 6)
+
+        def forward(self, images):
+            return self.each(images + self.table(torch.zeros(10, 8)).sum())
+
+    network = Network()
+    counter = FlopCounter(network)
+    network(torch.zeros(5, 4))
+    network(torch.zeros(3, 4))
+    assert counter.per_image() == 3 * 2 * (4 * 6 + 10 * 8 * 4 / 5)
+    network.each.weight.requires_grad_(False)
+    network.table.weight.requires_grad_(False)
+    assert counter.per_image() == 2 * 2 * (4 * 6 + 10 * 8 * 4 / 5)
+
+
+def test_what_cannot_be_counted_costs_nothing():
+    class Network(torch.nn.Module):
+        def forward(self, numbers):
+            return numbers.unique()
+
+    network = Network()
+    counter = FlopCounter(network)
+    network(torch.arange(3))
+    assert counter.per_image() is None
 
 
 # Readers

@@ -20,6 +20,7 @@ WITHOUT_EFFECT = frozenset(
         "dataloader_num_workers",
         "gradient_checkpointing",
         "enable_xformers_memory_efficient_attention",
+        "enable_vae_slicing",
         "compile",
         "auto_batch_size",
         "resume_from_checkpoint",
@@ -31,8 +32,8 @@ WITHOUT_EFFECT = frozenset(
         "hub_private_repo",
     }
 )
-"""Fields that may differ when a run is resumed: they do not change what is computed, or it is known by another name (the data's
-fingerprint, the effective batch)."""
+"""Fields that may differ when a run is resumed: but for rounding they do not change what is computed, or it is known by another name
+(the data's fingerprint, the effective batch)."""
 
 
 @dataclass

@@ -49,6 +49,8 @@ class FinetuneVAEConfig(FinetuneConfig):
         super().check()
         if self.decoder_only and self.pretrained_model_name_or_path is None:
             raise InputError("--decoder_only keeps a pretrained encoder: give --pretrained_model_name_or_path")
+        if self.auto_batch_size and self.discriminator is not None:
+            raise InputError("--auto_batch_size cannot go with a discriminator, whose weight is that of a micro-batch: drop one")
         if self.best_metric != "loss":
             raise InputError(f"--best_metric {self.best_metric} is for a UNet; an autoencoder's is its held-out loss")
         if self.mixed_precision == "fp16" and self.discriminator is not None:

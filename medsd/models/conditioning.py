@@ -104,13 +104,17 @@ def encode(text_encoder: Any, ids: torch.Tensor) -> torch.Tensor:
 def encode_chosen(text_encoder: Any, table: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Condition `(B, tokens, dim)` of the prompts `chosen` `(B,)` from a table of token ids `(P, tokens)`.
 
-    Where the table is long, only the prompts that occur are encoded, each once. The gradients of a prompt's images are added in their
-    order: plain indexing would add them as its threads happen to come.
+    Where the table is long, only the prompts that occur are encoded, each once.
     """
     if len(table) <= max(WHOLE_TABLE, len(chosen)):
-        return encode(text_encoder, table).index_select(0, chosen)
+        return _pick(encode(text_encoder, table), chosen)
     occurring, place = chosen.unique(return_inverse=True)
-    return encode(text_encoder, table[occurring]).index_select(0, place)
+    return _pick(encode(text_encoder, table[occurring]), place)
+
+
+def _pick(conditions: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """`conditions[chosen]`, whose gradients are added in one order: those of plain indexing are added as its threads happen to come."""
+    return torch.nn.functional.embedding(chosen, conditions.flatten(1)).unflatten(1, conditions.shape[1:])
 
 
 def drop_prompts(prompts: torch.Tensor, empty: int, proportion: float, draws: Randomness) -> torch.Tensor:

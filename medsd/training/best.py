@@ -49,5 +49,9 @@ class Best:
         """Whether patience is at its end."""
         return self.patience is not None and self.state[2].item() >= self.patience
 
-    def __str__(self) -> str:
-        return f"{self.name.replace('_', ' ')} {self.state[0].item():.4f} at step {self.step}"
+    @property
+    def verdict(self) -> str:
+        """Why it is time to give up."""
+        name, value = self.name.replace("_", " "), self.state[0].item()
+        best = f"{name} was never finite" if math.isnan(value) else f"the best one was {name} {value:.4f} at step {self.step}"
+        return f"no better look in {self.patience}: {best}"

@@ -30,7 +30,7 @@ def save_checkpoint(run: Path, step: int, files: Iterable[tuple[str, Tensors]], 
     """
     final, before = run / f"checkpoint-{step}", checkpoints(run)
     _clean(run)
-    last = f"{before[-1]} is whole, go on with --resume_from_checkpoint latest" if before else "there is none before it"
+    last = "those before it are as they were, go on with --resume_from_checkpoint latest" if before else "there is none before it"
     with replacing(final, last) as made:
         for name, tensors in files:
             path = made / f"{name}.safetensors"
@@ -93,6 +93,8 @@ def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
         raise InputError(f"--resume_from_checkpoint {wanted}: no checkpoint there; {run} has {[path.name for path in checkpoints(run)]}")
     if wrong := damage(found):
         raise InputError(f"{found} is damaged ({wrong}): --resume_from_checkpoint latest takes the newest whole one")
+    if ahead := [path.name for path in checkpoints(found.parent) if found.parent == run and step_of(path) > step_of(found)]:
+        print(f"warning: {', '.join(ahead)} will be removed when this run, which goes on from {found.name}, saves its first checkpoint")
     return found
 
 

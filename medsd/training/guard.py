@@ -1,7 +1,7 @@
 """What may stop a run from outside: signals, a launcher that dies, and too little memory.
 
-While an update is computed a signal is only noted; the run stops at the next boundary between two updates, with a checkpoint. At any
-other time it stops at once.
+From the first update to the written model a signal is only noted, but during looks; the run stops at the next boundary between two
+updates, with a checkpoint. At any other time it stops at once.
 """
 
 import gc
@@ -51,6 +51,8 @@ class Guard:
 
     def __init__(self) -> None:
         self.level, self.decided, self.holds, self.first = 0, 0, False, math.inf
+        self.saved = False
+        """Whether this start has saved a checkpoint."""
         self.group: Any = None
         self.before: dict[signal.Signals, Any] = {}
 
@@ -78,7 +80,7 @@ class Guard:
         self.holds = True
 
     def release(self) -> None:
-        """From now on signals stop the run at once again; those that were kept came too late to matter."""
+        """From now on signals stop the run at once again. One that was kept does not."""
         self.holds = False
 
     @contextmanager
@@ -112,6 +114,18 @@ class Guard:
         torch.distributed.all_reduce(level, torch.distributed.ReduceOp.MAX, group=self.group)
         return int(level)
 
+    @contextmanager
+    def watching_memory(self) -> Iterator[None]:
+        """Within, the errors of a device or a host without memory become OutOfMemory; Preempted where the run had to stop anyway."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            if self.level >= ASKED:
+                raise self.preempted("memory did not suffice, either") from None
+            raise OutOfMemory(str(error).partition("\n")[0] or "out of memory") from None
+
     def preempted(self, told: str = "") -> Preempted:
         """The exception to end with, once a signal has come."""
         return Preempted(list(EXIT_CODES)[max(self.decided, self.level) - ASKED], told)
@@ -123,38 +137,31 @@ def guarded(train: Callable[[Config, Guard], None], config: Config) -> None:
     Where that raises OutOfMemory and the config has `auto_batch_size`, it is called again, from the last checkpoint, with fewer images
     in a micro-batch and so many more micro-batches that an update sees as many. Raises InputError where that is not possible.
     """
+    from accelerate import PartialState
+
     while True:
         try:
             with Guard() as guard:
                 return train(config, guard)
+        except Preempted as stopped:
+            PartialState().print(f"stopped by {stopped}")
+            raise
         except OutOfMemory as error:
-            if guard.level >= ASKED:
-                raise guard.preempted("memory did not suffice, either") from None
-            config = smaller(config, str(error))
+            config = smaller(config, str(error), guard.saved, PartialState().num_processes)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-@contextmanager
-def watched_memory() -> Iterator[None]:
-    """Within, the errors of a device or a host without memory become OutOfMemory."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(str(error).splitlines()[0] if str(error) else "out of memory") from None
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        raise OutOfMemory(str(error).splitlines()[0]) from None
+def smaller(config: Config, reason: str, saved: bool, processes: int = 1) -> Config:
+    """The config with the next smaller micro-batch for the same effective batch, to go on from what it `saved`.
 
-
-def smaller(config: Config, reason: str) -> Config:
-    """The config with the next smaller micro-batch for the same effective batch; raises InputError where that is not wanted or possible."""
+    Raises InputError where that is not wanted or possible.
+    """
     images, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     less = next((size for size in range(images // 2, 0, -1) if images % size == 0), None)
     if not config.auto_batch_size or less is None:
-        wanted = "--auto_batch_size, " if less and not config.auto_batch_size else ""
+        wanted = "--auto_batch_size, " if less and not config.auto_batch_size and processes == 1 else ""
         raise InputError(
             f"out of memory with --train_batch_size {images} ({reason}): {wanted}--gradient_checkpointing, --mixed_precision bf16 or "
             "--use_8bit_adam need less"
@@ -162,4 +169,5 @@ def smaller(config: Config, reason: str) -> Config:
     more = accumulation * (images // less)
     print(f"out of memory with {images} images in a micro-batch: on with {less}, and {more} micro-batches in an update")
     changes = {"train_batch_size": less, "gradient_accumulation_steps": more}
-    return replace(config, **changes, overwrite=False, resume_from_checkpoint=config.resume_from_checkpoint or "latest")
+    checkpoint = "latest" if saved else config.resume_from_checkpoint or "latest"
+    return replace(config, **changes, overwrite=False, resume_from_checkpoint=checkpoint)

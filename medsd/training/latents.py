@@ -26,6 +26,7 @@ from medsd.models.channels import BACKGROUND
 from medsd.models.codec import SCALES, Codec, encoder_weights
 from medsd.objectives.diffusion import lesion_emphasis
 from medsd.randomness import Randomness, integers
+from medsd.runtime import to_device
 
 Batch = dict[str, torch.Tensor]
 LatentSource = Callable[[Batch, Randomness], tuple[torch.Tensor, torch.Tensor | None]]
@@ -85,8 +86,8 @@ class CachedLatents:
         chosen = np.zeros(len(rows), int)
         if self.variants > 1:
             chosen = integers(0, self.variants, (len(rows),), draws).cpu().numpy()
-        moments = torch.from_numpy(self.moments[rows, chosen]).to(self.device, non_blocking=True)
-        masks = None if self.masks is None else torch.from_numpy(self.masks[rows, chosen]).to(self.device, non_blocking=True)
+        moments = to_device(torch.from_numpy(self.moments[rows, chosen]), self.device)
+        masks = None if self.masks is None else to_device(torch.from_numpy(self.masks[rows, chosen]), self.device)
         return self.codec.draw(moments, draws), emphasis(masks, self.lesion_weight, moments.shape[-1])
 
 

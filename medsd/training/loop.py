@@ -54,27 +54,27 @@ class Loop:
     settings: dict[str, Any]
     """What determines the result, for checkpoints."""
     looked: int = 0
-    """Step of the last look."""
+    """Step of the last look of this start."""
     saved: int = 0
-    """Step of the last checkpoint; 0 before there is one."""
+    """Step of the last checkpoint of this start."""
     trained: int = 0
     """Updates that this call of the recipe has made."""
 
-    def updates(self, done: int, looked: int) -> Iterator[int]:
+    def updates(self, done: int, owes_look: bool) -> Iterator[int]:
         """Numbers of the updates after `done`, behind a bar; the caller learns from the micro-batches of each.
 
-        After it all processes save a checkpoint, and the main process looks with the averaged weights, when these are due. `looked` is
-        the step of the last look: one that was broken off is made up for first. Raises Preempted after a signal, and InputError where
-        too many updates in a row were skipped; both with a checkpoint. Signals are kept until `finish`, so that the model can be written.
+        After it all processes save a checkpoint, and the main process looks with the averaged weights, when these are due. A look
+        that was due after update `done` and is not in the checkpoint is made up for first. Raises Preempted after a signal, and InputError
+        where too many updates in a row were skipped; both with a checkpoint. Signals are kept until `finish`, so that the model can be
+        written.
         """
-        self.looked, self.saved, main = looked, done, self.accelerator.is_main_process
-        kernel = attention_kernel(self.network)
-        self.record.begin(done, looked, device=str(self.accelerator.device), attention=kernel, trained_parameters=self.state.size)
+        main, kernel = self.accelerator.is_main_process, attention_kernel(self.network)
+        self.record.begin(done, owes_look, device=str(self.accelerator.device), attention=kernel, trained_parameters=self.state.size)
         if main:
             clear_rests(self.record.folder, done, self.cadence.checkpoints_kept)
         self.guard.hold()
         bar = tqdm(range(done + 1, self.cadence.last + 1), initial=done, total=self.cadence.last, disable=not main)
-        if looked < done and self._due(done, self.cadence.validation):
+        if owes_look:
             self._look(done, bar.write)
         self._notice_hopeless()
         steps = iter(() if self.guard.agreed(self.accelerator) else bar)
@@ -89,8 +89,8 @@ class Loop:
                 break
         bar.close()
         if self.guard.decided >= ASKED:
-            there = f"checkpoint-{self.saved} is saved" if self.saved else "nothing was trained yet"
-            raise self.guard.preempted(f"{there}; go on with --resume_from_checkpoint latest")
+            told = f"checkpoint-{self.saved} is saved; go on with --resume_from_checkpoint latest"
+            raise self.guard.preempted(told if self.saved else "no update was made; start again with the same command")
 
     def _between(self, step: int, bar: tqdm) -> bool:
         """What is due after an update; whether it was the last one. The checkpoint comes first, since a look may fail."""
@@ -138,8 +138,8 @@ class Loop:
 
     def _notice_hopeless(self) -> None:
         """Stop where the looks do not get better."""
-        if self.best.hopeless:
-            self.record.reason = f"no better look in {self.best.patience}: the best one was {self.best}"
+        if self.best.hopeless and self.record.step < self.cadence.last:
+            self.record.reason = self.best.verdict
             self.guard.enough()
 
     def _refuse_nonsense(self, step: int) -> None:
@@ -159,7 +159,7 @@ class Loop:
         scaler = self.accelerator.scaler
         record = {
             "step": step,
-            "looked": self.looked,
+            "owes_look": self._due(step, self.cadence.validation) and self.looked != step,
             "settings": self.settings,
             "state": self.state.record(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -170,13 +170,14 @@ class Loop:
         else:
             deque(files, maxlen=0)
         self.accelerator.wait_for_everyone()
-        self.saved = step
+        self.saved, self.guard.saved = step, True
 
     def finish(self) -> None:
         """Once the model is written: why the run stopped early, and a line about its speed, which `environment.json` keeps."""
         self.guard.release()
         if self.record.reason:
-            self.accelerator.print(f"stopped early: {self.record.reason}, see {self.record.folder / 'best'}")
+            best = self.record.folder / "best"
+            self.accelerator.print(f"stopped early: {self.record.reason}" + (f", see {best}" if best.is_dir() else ""))
         if self.trained:
             images, accelerator = self.trained * self.cadence.images, self.accelerator
             numbers = profile(self.state.watch, images, accelerator.num_processes, accelerator.mixed_precision)

@@ -20,6 +20,7 @@ from medsd.errors import InputError
 from medsd.runtime import recover_folder, write_text, writing
 
 PACKAGES = ("medsd", "torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "xformers")
+AGAIN = "start again with --resume_from_checkpoint latest"
 
 
 class RunRecord:
@@ -38,8 +39,8 @@ class RunRecord:
     def __enter__(self) -> "RunRecord":
         return self
 
-    def begin(self, step: int, looked: int, **facts: Any) -> None:
-        """Go on after update `step`: what a run that was cut off recorded of later ones, or of looks after that at `looked`, is dropped.
+    def begin(self, step: int, owes_look: bool, **facts: Any) -> None:
+        """Go on after update `step`, and before its look where that is still owed: what was recorded of later ones is dropped.
 
         `facts`, such as the attention kernel, go to `environment.json`.
         """
@@ -47,7 +48,7 @@ class RunRecord:
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.yaml", _yaml({self.config.section: asdict(self.config)}))
-            _drop_later(self.folder / "metrics.jsonl", step, looked)
+            _drop_later(self.folder / "metrics.jsonl", step, step - owes_look)
             recover_folder(self.folder / "best")
             self._status("running")
             self.environment(**facts)
@@ -60,10 +61,10 @@ class RunRecord:
         if error is None:
             self._status("finished", self.reason)
         elif isinstance(error, KeyboardInterrupt | SystemExit):
-            if self.begun or not (self.folder / "status.json").exists():
+            if self.begun or not self._finished():
                 self._status("preempted", str(error) or "interrupted")
         elif self.begun or not isinstance(error, InputError):
-            with contextlib.suppress(OSError):  # The disk may be full, which then is the error.
+            with contextlib.suppress(OSError, InputError):  # The disk may be full, which then is the error.
                 self._status("failed", f"{type(error).__name__}: {error}")
 
     def environment(self, **facts: Any) -> None:
@@ -83,7 +84,7 @@ class RunRecord:
         if not self.writes:
             return
         file = self.folder / "metrics.jsonl"
-        with writing(file, "go on with --resume_from_checkpoint latest"), file.open("a") as stream:
+        with writing(file, AGAIN), file.open("a") as stream:
             stream.write(json.dumps({"step": step, "time": round(time.time(), 3)} | numbers) + "\n")
         self._status("running")
         for name, value in numbers.items() if self.board is not None else ():
@@ -93,10 +94,17 @@ class RunRecord:
         """`NAME.png` in the run's folder (the newest), and every one in TensorBoard."""
         if not self.writes:
             return
-        image.save(self.folder / f"{name}.png")
+        file = self.folder / f"{name}.png"
+        with writing(file, AGAIN):
+            image.save(file)
         if self.board is not None:
             pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
             self.board.add_image(name, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
+
+    def _finished(self) -> bool:
+        """Whether an earlier start has finished this run."""
+        file = self.folder / "status.json"
+        return file.is_file() and json.loads(file.read_text())["state"] == "finished"
 
     def _status(self, state: str, reason: str = "") -> None:
         if self.writes:

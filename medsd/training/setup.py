@@ -15,7 +15,7 @@ import torch
 from medsd.data.transforms import TrainingOrder, TrainingRows, training_loader
 from medsd.errors import InputError
 from medsd.randomness import Part, Randomness, normal
-from medsd.runtime import LONGEST_WAIT, use_all_cores
+from medsd.runtime import LONGEST_WAIT, to_device, use_all_cores
 from medsd.training.checkpoint import check_same, find_checkpoint, read_record, read_tensors
 from medsd.training.sharding import Mirror, alike, configure
 from medsd.training.state import TrainState, restore_process_states, trained_parameters
@@ -114,26 +114,26 @@ def start(
     plain = accelerator.unwrap_model(network)
     parameters = trained_parameters(plain)
     masks = {name: alike(mask.to(accelerator.device), parameters[name]) for name, mask in masks.items()}
-    watch = watch or Stopwatch(accelerator.device, None if chosen.compile else FlopCounter(plain))
+    watch = watch or Stopwatch(accelerator.device, None if chosen.compile or mirror else FlopCounter(plain))
     return TrainState(parameters, prepared, schedule, EMA_DECAY if chosen.use_ema else None, watch, masks, mirror), network.train()
 
 
 def resume(
     accelerator: Any, state: TrainState, checkpoint: Path | None, settings: Mapping[str, Any], allow_change: bool
-) -> tuple[int, int]:
-    """Restore a checkpoint, if there is one; returns the number of updates done, and the step of the last look.
+) -> tuple[int, bool]:
+    """Restore a checkpoint, if there is one; returns the number of updates done, and whether the look that was due then is missing.
 
     Raises InputError where `settings`, all that determines the result, are not those it was trained with, unless that is allowed.
     """
     if checkpoint is None:
-        return 0, 0
+        return 0, False
     record = read_record(checkpoint)
     check_same(checkpoint, record["settings"], settings, allow_change)
     state.restore(partial(read_tensors, checkpoint), record["state"])
     if accelerator.scaler is not None and record["scaler"] is not None:
         accelerator.scaler.load_state_dict(record["scaler"])
     restore_process_states(accelerator, state, read_tensors(checkpoint, "processes"))
-    return record["step"], record["looked"]
+    return record["step"], record["owes_look"]
 
 
 def frozen_hash(modules: Iterable[torch.nn.Module | None]) -> str:
@@ -167,7 +167,7 @@ def batches(
     order = TrainingOrder(classes, batch_size, class_sampling, seed, done * splits, rank, world)
     for number, batch in enumerate(training_loader(rows, order, num_workers), start=done * splits):
         # The rows' numbers stay on the CPU, where moments are looked up by them.
-        on_device = {name: value if name == "rows" else value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        on_device = {name: value if name == "rows" else to_device(value, accelerator.device) for name, value in batch.items()}
         update, part = divmod(number, splits)
         first = (part * world + rank) * batch_size
         watch.mark("data")

@@ -224,18 +224,31 @@ def process_states(accelerator: Any, state: TrainState) -> Tensors:
     since the last log line."""
     device = accelerator.device
     own = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-    own |= {f"losses/{name}": torch.stack(part.losses) for name, part in state.parts().items() if part.losses}
+    own |= {
+        f"losses/{name}": torch.stack(part.losses).view(-1, accelerator.gradient_accumulation_steps)
+        for name, part in state.parts().items()
+        if part.losses
+    }
     return {name: accelerator.gather(tensor[None].to(device)).cpu() for name, tensor in own.items()}
 
 
 def restore_process_states(accelerator: Any, state: TrainState, saved: Tensors) -> None:
     """Inverse of `process_states`; a process that was not there takes one of the others' rows."""
-    rows = {name: rows[accelerator.process_index % len(rows)].clone() for name, rows in saved.items()}
-    torch.set_rng_state(rows["cpu"])
-    if accelerator.device.type == "cuda" and "cuda" in rows:
-        torch.cuda.set_rng_state(rows["cuda"], accelerator.device)
+    own = {name: saved[name][accelerator.process_index % len(saved[name])].clone() for name in {"cpu", "cuda"} & saved.keys()}
+    torch.set_rng_state(own["cpu"])
+    if accelerator.device.type == "cuda" and "cuda" in own:
+        torch.cuda.set_rng_state(own["cuda"], accelerator.device)
     for name, part in state.parts().items():
-        part.losses[:] = rows[f"losses/{name}"].to(accelerator.device).unbind() if f"losses/{name}" in rows else []
+        if f"losses/{name}" in saved:
+            part.losses[:] = _shared_out(saved[f"losses/{name}"], accelerator).to(accelerator.device).unbind()
+
+
+def _shared_out(losses: torch.Tensor, accelerator: Any) -> torch.Tensor:
+    """What this process has of losses `(processes, updates, micro-batches)`: their mean, where updates are split in another way now."""
+    split = (accelerator.num_processes, accelerator.gradient_accumulation_steps)
+    if (losses.shape[0], losses.shape[2]) != split:
+        losses = losses[losses.isfinite()].mean().expand(split[0], losses.shape[1], split[1])
+    return losses[accelerator.process_index].flatten()
 
 
 def take_tensors(value: Any, path: str = "optimizer") -> tuple[Any, Tensors]:

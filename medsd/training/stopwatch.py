@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,7 +32,7 @@ PEAKS = {
 class Stopwatch:
     """Seconds by phase: `mark(phase)` gives the time since the last mark to that phase. On a GPU it is the device's own time.
 
-    `flops` counts what a training step takes, where that can be counted.
+    `flops` counts what the network takes of a training step, where that can be counted.
     """
 
     def __init__(self, device: torch.device, flops: "FlopCounter | None" = None) -> None:
@@ -66,9 +67,9 @@ class Stopwatch:
 
 
 class FlopCounter:
-    """FLOPs of a training step per image: those of one forward pass, and of a backward pass that takes twice as many.
+    """FLOPs per image of a network's training step: those of a forward pass, and of a backward pass that takes twice as many.
 
-    (As many, where most weights are frozen.) Counted after the training, since counting changes which kernels run.
+    (As many, where most weights are frozen.) What is computed outside the network, such as latents, is not among them.
     """
 
     def __init__(self, network: torch.nn.Module) -> None:
@@ -76,20 +77,25 @@ class FlopCounter:
         self.handle = network.register_forward_pre_hook(self._note)
 
     def _note(self, network: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        self.example = tuple(argument[:1].detach().clone() for argument in arguments)
+        self.example = tuple(torch.empty_like(argument) for argument in arguments)
         self.handle.remove()
 
     @torch.no_grad()
     def per_image(self) -> float | None:
-        """Call it once, when the training is over. None for attention by xformers, which is not counted."""
+        """Call it once, when the training is over. None where it cannot be counted: xformers, and shapes that depend on the prompts."""
         if attention_kernel(self.network) == "xformers":
             return None
-        # The counter knows the products within plain attention, but not every kernel that stands for them.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            self.network(*self.example)
+        # Of shapes alone, which takes neither time nor memory. The counter knows the products within plain attention, but not every
+        # kernel that stands for them.
+        shapes = FakeTensorMode(allow_non_fake_inputs=True)
+        try:
+            with shapes, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                self.network(*map(shapes.from_tensor, self.example))
+        except RuntimeError:
+            return None
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.network.parameters()]
         mostly_learns = sum(size for size, learns in sizes if learns) > sum(size for size, learns in sizes if not learns)
-        return counter.get_total_flops() * (3 if mostly_learns else 2)
+        return counter.get_total_flops() * (3 if mostly_learns else 2) / len(self.example[0])
 
 
 def profile(watch: Stopwatch, images: int, processes: int, precision: str) -> dict[str, Any]:
