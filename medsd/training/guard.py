@@ -6,6 +6,7 @@ updates, with a checkpoint. At any other time it stops at once.
 
 import gc
 import math
+import os
 import signal
 import threading
 import time
@@ -144,7 +145,8 @@ def guarded(train: Callable[[Config, Guard], None], config: Config) -> None:
             with Guard() as guard:
                 return train(config, guard)
         except Preempted as stopped:
-            PartialState().print(f"stopped by {stopped}")
+            if os.environ.get("RANK", "0") == "0":
+                print(f"stopped by {stopped}")
             raise
         except OutOfMemory as error:
             config = smaller(config, str(error), guard.saved, PartialState().num_processes)
