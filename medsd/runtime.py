@@ -59,6 +59,11 @@ def check_output(folder: Path, overwrite: bool, inputs: Sequence[str | Path | No
             raise InputError(f"{source} is read by this run, and --overwrite would replace {folder}: choose another --output_dir")
 
 
+def unfinished(folder: Path) -> bool:
+    """Whether a training began in `folder` and left no model there."""
+    return (folder / "environment.json").is_file() and not any((folder / mark).exists() for mark in COSTLY)
+
+
 def replace_folder(made: Path, final: Path) -> None:
     """Put the finished folder `made` in the place of `final`, which is whole at every moment but between two renames."""
     old = final.with_name(f".{final.name}.old")

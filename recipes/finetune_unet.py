@@ -268,8 +268,8 @@ def train(
 
     table = row_prompts(rows, pipe.data)
     network = build_network(config, accelerator, pipe, table.prompts)
-    settings = config.settings(accelerator.num_processes)
-    settings |= {"data": pipe.data.fingerprint, "frozen": frozen_hash([pipe.unet, pipe.text_encoder, pipe.vae])}
+    settings = config.settings(accelerator.num_processes) | pipe.data.settings()
+    settings["frozen"] = frozen_hash([pipe.unet, pipe.text_encoder, pipe.vae])
     state, unet = start(accelerator, network, Optimisation(**config.optimisation(default_learning_rate(config, pipe))))
     schedule, empty = pipe.noise_schedule, len(table.prompts) - 1
     weights = min_snr_weights(schedule, default_snr_gamma(config, pipe)).to(accelerator.device)

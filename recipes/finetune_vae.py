@@ -184,7 +184,7 @@ def train(
     codec.vae.to(accelerator.device)
     prepare_codebook(config, codec, some)
     adapters = choose_trained(config, codec)
-    settings = config.settings(accelerator.num_processes) | {"data": info.fingerprint, "frozen": frozen_hash([codec.vae])}
+    settings = config.settings(accelerator.num_processes) | info.settings() | {"frozen": frozen_hash([codec.vae])}
     if config.discriminator is not None:
         # The adaptive weight is that of a micro-batch.
         settings["micro_batch_size"] = config.train_batch_size

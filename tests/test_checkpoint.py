@@ -19,8 +19,8 @@ from tests.test_recipes import losses, train
 TENSORS = {"weights": {"a": torch.arange(6.0), "b": torch.ones(3)}, "deeper/weights": {"c": torch.zeros(2, 2)}, "empty": {}}
 
 
-def save(run, step, kept=None):
-    return save_checkpoint(run, step, TENSORS.items(), {"step": step}, kept)
+def save(run, step, kept=None, abandoned=()):
+    return save_checkpoint(run, step, TENSORS.items(), {"step": step}, kept, abandoned)
 
 
 def changed(content, how):
@@ -74,11 +74,11 @@ def test_every_bit_of_a_manifest_counts(tmp_path):
         assert damage(folder), place
 
 
-def test_the_oldest_go_after_success_and_so_does_what_lies_ahead(tmp_path):
+def test_the_oldest_go_after_success_and_so_does_what_was_left_behind(tmp_path):
     for step in (1, 2, 3, 12):
         save(tmp_path, step, kept=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-12"]
-    save(tmp_path, 4, kept=2)
+    save(tmp_path, 4, kept=2, abandoned=[tmp_path / "checkpoint-12", tmp_path / "checkpoint-4"])
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-4"}
 
@@ -151,6 +151,57 @@ def test_other_data_are_named_and_refused(phantom_data, run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "unet")
     with pytest.raises(InputError, match="data .* -> another"):
         train(other, folder, max_train_steps=5, resume_from_checkpoint="latest")
+
+
+def test_another_window_is_another_setting(phantom_data, run, tmp_path):
+    """The stored pixels, and with them the fingerprint, are the same."""
+    other = shutil.copytree(phantom_data, tmp_path / "data")
+    record = json.loads((other / "medsd.json").read_text())
+    record["intensity"]["windows"] = [[40.0, 80.0]]
+    (other / "medsd.json").write_text(json.dumps(record))
+    folder = shutil.copytree(run, tmp_path / "unet")
+    with pytest.raises(InputError, match="data's intensity .* -> "):
+        train(other, folder, max_train_steps=5, resume_from_checkpoint="latest")
+
+
+def test_a_run_goes_on_in_its_own_folder_or_an_empty_one(phantom_data, run, tmp_path, capsys):
+    data, finished, foreign, lost = (tmp_path / name for name in ("data", "finished", "foreign", "lost"))
+    shutil.copytree(phantom_data, data)
+    shutil.copytree(run, finished)
+    for path in checkpoints(finished):
+        shutil.rmtree(path)
+    foreign.mkdir()
+    (foreign / "thesis.txt").touch()
+    for folder in (data, finished, foreign):
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for wanted in ("latest", str(run / "checkpoint-2")):
+            with pytest.raises(InputError, match="is not empty"):
+                train(phantom_data, folder, resume_from_checkpoint=wanted)
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    lost.mkdir()
+    shutil.copy(run / "environment.json", lost)  # Killed before its first checkpoint.
+    train(phantom_data, lost, resume_from_checkpoint="latest")
+    assert f"no checkpoint in {lost}: starting anew" in capsys.readouterr().out
+    train(phantom_data, tmp_path / "fresh", max_train_steps=3, resume_from_checkpoint=str(run / "checkpoint-2"), validation_steps=0)
+    assert f"going on from {run / 'checkpoint-2'}" in capsys.readouterr().out
+
+
+def test_going_back_leaves_the_abandoned_branch_behind(phantom_data, run, tmp_path, capsys):
+    """And keeps what it went on from."""
+    folder = shutil.copytree(run, tmp_path / "unet")
+    flags = {"max_train_steps": 6, "validation_steps": 0, "checkpointing_steps": 6, "learning_rate": 0.01, "allow_config_change": True}
+    train(phantom_data, folder, **flags, resume_from_checkpoint=str(folder / "checkpoint-2"))
+    said = capsys.readouterr().out
+    assert "warning: checkpoint-4 will be removed" in said and "changed since checkpoint-2: learning_rate None -> 0.01" in said
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-6"]
+
+
+def test_a_strange_line_of_metrics_is_dropped(phantom_data, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "unet")
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"a": 1}\n[]\nhalf of i')
+    train(phantom_data, folder, max_train_steps=5, validation_steps=0, resume_from_checkpoint="latest")
+    assert len(losses(folder)) == 5
 
 
 def test_a_changed_base_is_noticed(phantom_data, run, tmp_path):

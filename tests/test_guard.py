@@ -423,6 +423,25 @@ def test_a_longer_run_keeps_the_last_look_and_the_best(phantom_data, tmp_path, m
     assert seen == script and (folder / "best" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == best
 
 
+def test_another_best_metric_begins_anew(phantom_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("medsd.training.preview.HeldOut.numbers", lambda self: {"validation_loss": 0.9, "validation_auroc": 0.5})
+    flags = {"validation_steps": 1, "checkpointing_steps": 1, "lr_scheduler": "constant"}
+    folder = train(phantom_data, tmp_path / "unet", max_train_steps=2, best_metric="auroc", **flags)
+    flags |= {"early_stopping": 2, "allow_config_change": True, "resume_from_checkpoint": "latest"}
+    train(phantom_data, folder, max_train_steps=9, **flags)
+    assert status(folder)["reason"] == "no better look in 2: the best one was validation loss 0.9000 at step 2"
+
+
+def test_a_look_at_a_model_that_is_not_finite_ends_no_run(phantom_data, tmp_path, monkeypatch):
+    def poison(self):
+        for value in self.parameters.values():
+            value.data.fill_(math.nan)
+
+    monkeypatch.setattr(TrainState, "finish_update", poison)
+    folder = train(phantom_data, tmp_path / "unet", max_train_steps=2, validation_steps=2, checkpointing_steps=0, use_ema=False)
+    assert lines(folder)[-1] == {"step": 2, "time": 0, "validation_loss": None, "validation_auroc": None}
+
+
 def test_looks_without_a_number_are_said_to_be_so(phantom_data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("medsd.training.preview.HeldOut.loss", lambda self: math.nan)
     flags = {"validation_steps": 1, "early_stopping": 2, "checkpointing_steps": 0}

@@ -151,6 +151,8 @@ class TrainingConfig(RecipeConfig):
             raise InputError("--push_to_hub needs --hub_model_id user/name")
         if self.early_stopping is not None and self.validation_steps == 0:
             raise InputError("--early_stopping goes by looks at held-out images, and --validation_steps 0 has none: drop one")
+        if self.best_metric != "loss" and self.validation_steps == 0:
+            raise InputError("--best_metric goes by looks at held-out images, and --validation_steps 0 has none: drop one")
         if self.allow_config_change and not self.resume_from_checkpoint:
             raise InputError("--allow_config_change belongs to --resume_from_checkpoint: give both")
         if self.overwrite and self.resume_from_checkpoint:

@@ -65,6 +65,11 @@ class DataInfo:
         """The same data for an unconditional model."""
         return replace(self, class_names=[], prompts=[], class_tokens=[])
 
+    def settings(self) -> dict[str, Any]:
+        """What a training sees of the data: a run that is resumed has to see the same."""
+        names = ("intensity", "image_channels", "resolution", "prompts")
+        return {"data": self.fingerprint} | {f"data's {name}": getattr(self, name) for name in names}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return asdict(self)

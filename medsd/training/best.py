@@ -7,6 +7,9 @@ import torch
 
 from medsd.errors import InputError
 
+NO_LOOK = torch.tensor([math.nan, 0.0, 0.0], dtype=torch.float64)
+"""`Best.state` before there is one."""
+
 
 class Best:
     """Of a number that a look measures: its best value, and how many looks ago that was. `state` is all that a checkpoint has to keep.
@@ -19,7 +22,7 @@ class Best:
 
     def __init__(self, name: str, higher: bool, patience: int | None) -> None:
         self.name, self.higher, self.patience = name, higher, patience
-        self.state = torch.tensor([math.nan, 0.0, 0.0], dtype=torch.float64)
+        self.state = NO_LOOK.clone()
         """Value, its step, and looks since."""
 
     def check(self, names: Sequence[str]) -> None:

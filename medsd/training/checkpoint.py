@@ -23,8 +23,15 @@ STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
 Tensors = dict[str, torch.Tensor]
 
 
-def save_checkpoint(run: Path, step: int, files: Iterable[tuple[str, Tensors]], record: Mapping[str, Any], kept: int | None) -> Path:
-    """Write `run/checkpoint-STEP`, then remove what is beyond the newest `kept`, and what lies ahead of STEP.
+def save_checkpoint(
+    run: Path,
+    step: int,
+    files: Iterable[tuple[str, Tensors]],
+    record: Mapping[str, Any],
+    kept: int | None,
+    abandoned: Iterable[Path] = (),
+) -> Path:
+    """Write `run/checkpoint-STEP`, then remove `abandoned` ones, and what is beyond the newest `kept`.
 
     Raises InputError where it cannot be written; what was there before is then as it was.
     """
@@ -39,7 +46,7 @@ def save_checkpoint(run: Path, step: int, files: Iterable[tuple[str, Tensors]], 
         (made / STATE_FILE).write_text(json.dumps(record))
         _seal(made)
     _flush(run)
-    _prune(run, step, kept)
+    _prune(run, kept, [path for path in abandoned if path != final])
     return final
 
 
@@ -57,6 +64,11 @@ def checkpoints(run: Path) -> list[Path]:
     """A run's checkpoints, oldest first; a damaged one is among them."""
     found = [path for path in run.glob("checkpoint-*") if path.name.split("-", 1)[1].isdigit()]
     return sorted(found, key=step_of)
+
+
+def later(run: Path, step: int) -> list[Path]:
+    """A run's checkpoints of more than `step` updates."""
+    return [path for path in checkpoints(run) if step_of(path) > step]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -93,8 +105,8 @@ def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
         raise InputError(f"--resume_from_checkpoint {wanted}: no checkpoint there; {run} has {[path.name for path in checkpoints(run)]}")
     if wrong := damage(found):
         raise InputError(f"{found} is damaged ({wrong}): --resume_from_checkpoint latest takes the newest whole one")
-    if ahead := [path.name for path in checkpoints(found.parent) if found.parent == run and step_of(path) > step_of(found)]:
-        print(f"warning: {', '.join(ahead)} will be removed when this run, which goes on from {found.name}, saves its first checkpoint")
+    if ahead := later(found.parent, step_of(found)) if found.parent.resolve() == run.resolve() else []:
+        print(f"warning: {', '.join(path.name for path in ahead)} will be removed once a run that goes on from {found.name} saves its own")
     return found
 
 
@@ -123,6 +135,8 @@ def check_same(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any
             f"{checkpoint} was trained with other settings ({'; '.join(sorted(changes))}): resume with the old ones, or add "
             "--allow_config_change"
         )
+    if changes:
+        print(f"changed since {checkpoint.name}: {'; '.join(sorted(changes))}")
 
 
 def _apart(tensors: Tensors) -> Tensors:
@@ -172,9 +186,9 @@ def clear_rests(run: Path, step: int, kept: int | None) -> None:
     _discard([path for path in checkpoints(run) if step_of(path) <= step][: -kept if kept else 0])
 
 
-def _prune(run: Path, step: int, kept: int | None) -> None:
-    """Remove checkpoints ahead of `step`, which a resumed run has left behind, and the oldest beyond `kept`."""
-    _discard([path for path in checkpoints(run) if step_of(path) > step])
+def _prune(run: Path, kept: int | None, abandoned: list[Path]) -> None:
+    """Remove those that a resumed run has left behind, and the oldest beyond `kept`."""
+    _discard(abandoned)
     _discard(checkpoints(run)[: -kept if kept else 0])
 
 

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from medsd.errors import InputError
 from medsd.models.unet import attention_kernel
 from medsd.runtime import replacing
 from medsd.training.best import Best
-from medsd.training.checkpoint import clear_rests, save_checkpoint
+from medsd.training.checkpoint import clear_rests, later, save_checkpoint
 from medsd.training.guard import ASKED, Guard, Preempted
 from medsd.training.record import RunRecord
 from medsd.training.state import MOST_SKIPPED, TrainState, process_states
@@ -57,6 +57,8 @@ class Loop:
     """Step of the last look of this start."""
     saved: int = 0
     """Step of the last checkpoint of this start."""
+    abandoned: list[Path] = field(default_factory=list)
+    """Checkpoints of more updates than this start began with; they are removed once it has one of its own."""
     trained: int = 0
     """Updates that this call of the recipe has made."""
 
@@ -72,22 +74,22 @@ class Loop:
         self.record.begin(done, owes_look, device=str(self.accelerator.device), attention=kernel, trained_parameters=self.state.size)
         if main:
             clear_rests(self.record.folder, done, self.cadence.checkpoints_kept)
+        self.abandoned = later(self.record.folder, done)
         self.guard.hold()
-        bar = tqdm(range(done + 1, self.cadence.last + 1), initial=done, total=self.cadence.last, disable=not main)
-        if owes_look:
-            self._look(done, bar.write)
-        self._notice_hopeless()
-        steps = iter(() if self.guard.agreed(self.accelerator) else bar)
-        self.state.watch.mark("other")
-        for step in steps:
-            yield step
-            self.state.finish_update()
-            self.record.step, self.trained = step, step - done
-            stops = self._between(step, bar)
+        with tqdm(range(done + 1, self.cadence.last + 1), initial=done, total=self.cadence.last, disable=not main) as bar:
+            if owes_look:
+                self._look(done, bar.write)
+            self._notice_hopeless()
+            steps = iter(() if self.guard.agreed(self.accelerator) else bar)
             self.state.watch.mark("other")
-            if stops:
-                break
-        bar.close()
+            for step in steps:
+                yield step
+                self.state.finish_update()
+                self.record.step, self.trained = step, step - done
+                stops = self._between(step, bar)
+                self.state.watch.mark("other")
+                if stops:
+                    break
         if self.guard.decided >= ASKED:
             told = f"checkpoint-{self.saved} is saved; go on with --resume_from_checkpoint latest"
             raise self.guard.preempted(told if self.saved else "no update was made; start again with the same command")
@@ -166,11 +168,11 @@ class Loop:
         }
         files = chain(self.state.files(), [("processes", process_states(self.accelerator, self.state))])
         if self.accelerator.is_main_process:
-            save_checkpoint(self.record.folder, step, files, record, self.cadence.checkpoints_kept)
+            save_checkpoint(self.record.folder, step, files, record, self.cadence.checkpoints_kept, self.abandoned)
         else:
             deque(files, maxlen=0)
         self.accelerator.wait_for_everyone()
-        self.saved, self.guard.saved = step, True
+        self.saved, self.guard.saved, self.abandoned = step, True, []
 
     def finish(self) -> None:
         """Once the model is written: why the run stopped early, and a line about its speed, which `environment.json` keeps."""

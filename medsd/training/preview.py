@@ -61,6 +61,8 @@ class HeldOut:
     def auroc(self) -> float:
         """Macro AUROC from few pairs."""
         output = self.pipe.classify(self.images, mode="full", max_pairs=QUICK_PAIRS, seed=self.seed, ranges=self.ranges)
+        if not np.isfinite(output.probabilities).all():
+            return float("nan")
         return classification_metrics(output.probabilities, self.labels, self.pipe.class_names, self.patients, resamples=1)["auroc"]
 
 

@@ -46,7 +46,8 @@ class RunRecord:
         """
         self.step, self.begun = step, True
         if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.yaml", _yaml({self.config.section: asdict(self.config)}))
             _drop_later(self.folder / "metrics.jsonl", step, step - owes_look)
             recover_folder(self.folder / "best")
@@ -80,10 +81,11 @@ class RunRecord:
             write_text(self.folder / "environment.json", json.dumps(record, indent=2) + "\n")
 
     def log(self, step: int, **numbers: float | None) -> None:
-        """One line of `metrics.jsonl`, and a point on each curve."""
+        """One line of `metrics.jsonl` (null for what is not finite), and a point on each curve."""
         if not self.writes:
             return
         file = self.folder / "metrics.jsonl"
+        numbers = {name: None if value is None or not math.isfinite(value) else value for name, value in numbers.items()}
         with writing(file, AGAIN), file.open("a") as stream:
             stream.write(json.dumps({"step": step, "time": round(time.time(), 3)} | numbers) + "\n")
         self._status("running")
@@ -125,7 +127,7 @@ def _drop_later(path: Path, step: int, looked: int) -> None:
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             numbers = json.loads(line)
             kept += [line] if numbers["step"] <= (step if "loss" in numbers else looked) else []
     write_text(path, "".join(kept))

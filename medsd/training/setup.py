@@ -15,7 +15,8 @@ import torch
 from medsd.data.transforms import TrainingOrder, TrainingRows, training_loader
 from medsd.errors import InputError
 from medsd.randomness import Part, Randomness, normal
-from medsd.runtime import LONGEST_WAIT, to_device, use_all_cores
+from medsd.runtime import LONGEST_WAIT, check_output, to_device, unfinished, use_all_cores
+from medsd.training.best import NO_LOOK
 from medsd.training.checkpoint import check_same, find_checkpoint, read_record, read_tensors
 from medsd.training.sharding import Mirror, alike, configure
 from medsd.training.state import TrainState, restore_process_states, trained_parameters
@@ -63,11 +64,19 @@ def check_launch(accelerator: Any, auto_batch_size: bool, may_shard: bool) -> No
 
 
 def choose_checkpoint(accelerator: Any, run: Path, wanted: str | None) -> Path | None:
-    """`find_checkpoint` by the main process, for all: it reads every byte, and on a network disk each might see another list."""
+    """`find_checkpoint` by the main process, for all: it reads every byte, and on a network disk each might see another list.
+
+    Raises InputError where the run may not go on in its folder `run`: that of the checkpoint, of a run without any, or an empty one.
+    """
     from accelerate.utils import broadcast_object_list
 
     chosen = [find_checkpoint(run, wanted) if accelerator.is_main_process else None]
-    return broadcast_object_list(chosen)[0]
+    checkpoint = broadcast_object_list(chosen)[0]
+    if wanted is not None:
+        if not (checkpoint is not None and checkpoint.parent.resolve() == run.resolve()) and not (checkpoint is None and unfinished(run)):
+            check_output(run, overwrite=False)
+        accelerator.print(f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {run}: starting anew")
+    return checkpoint
 
 
 def clear_output(accelerator: Any, folder: Path, overwrite: bool) -> None:
@@ -130,6 +139,8 @@ def resume(
     record = read_record(checkpoint)
     check_same(checkpoint, record["settings"], settings, allow_change)
     state.restore(partial(read_tensors, checkpoint), record["state"])
+    if record["settings"]["best_metric"] != settings["best_metric"]:
+        state.memory["best"].copy_(NO_LOOK)
     if accelerator.scaler is not None and record["scaler"] is not None:
         accelerator.scaler.load_state_dict(record["scaler"])
     restore_process_states(accelerator, state, read_tensors(checkpoint, "processes"))
