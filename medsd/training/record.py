@@ -21,6 +21,7 @@ from medsd.runtime import recover_folder, write_text, writing
 
 PACKAGES = ("medsd", "torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "xformers")
 AGAIN = "start again with --resume_from_checkpoint latest"
+"""What to do where something could not be written; without a checkpoint that starts anew."""
 
 
 class RunRecord:
