@@ -178,10 +178,12 @@ def test_a_run_goes_on_in_its_own_folder_or_an_empty_one(phantom_data, run, tmp_
             with pytest.raises(InputError, match="is not empty"):
                 train(phantom_data, folder, resume_from_checkpoint=wanted)
         assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    lost.mkdir()
-    shutil.copy(run / "environment.json", lost)  # Killed before its first checkpoint.
-    train(phantom_data, lost, resume_from_checkpoint="latest")
-    assert f"no checkpoint in {lost}: starting anew" in capsys.readouterr().out
+    for wanted, said in (("latest", f"no checkpoint in {lost}: starting anew"), (str(run / "checkpoint-4"), "going on from")):
+        lost.mkdir()
+        shutil.copy(run / "environment.json", lost)  # Killed before its first checkpoint.
+        train(phantom_data, lost, max_train_steps=5, validation_steps=0, resume_from_checkpoint=wanted)
+        assert said in capsys.readouterr().out
+        shutil.rmtree(lost)
     train(phantom_data, tmp_path / "fresh", max_train_steps=3, resume_from_checkpoint=str(run / "checkpoint-2"), validation_steps=0)
     assert f"going on from {run / 'checkpoint-2'}" in capsys.readouterr().out
 

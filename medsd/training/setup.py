@@ -17,7 +17,7 @@ from medsd.errors import InputError
 from medsd.randomness import Part, Randomness, normal
 from medsd.runtime import LONGEST_WAIT, check_output, to_device, unfinished, use_all_cores
 from medsd.training.best import NO_LOOK
-from medsd.training.checkpoint import check_same, find_checkpoint, read_record, read_tensors
+from medsd.training.checkpoint import check_same, checkpoints, find_checkpoint, read_record, read_tensors
 from medsd.training.sharding import Mirror, alike, configure
 from medsd.training.state import TrainState, restore_process_states, trained_parameters
 from medsd.training.stopwatch import FlopCounter, Stopwatch
@@ -66,14 +66,15 @@ def check_launch(accelerator: Any, auto_batch_size: bool, may_shard: bool) -> No
 def choose_checkpoint(accelerator: Any, run: Path, wanted: str | None) -> Path | None:
     """`find_checkpoint` by the main process, for all: it reads every byte, and on a network disk each might see another list.
 
-    Raises InputError where the run may not go on in its folder `run`: that of the checkpoint, of a run without any, or an empty one.
+    Raises InputError where it may not go on in its folder `run`: that of the checkpoint, of a run that saved none yet, or an empty one.
     """
     from accelerate.utils import broadcast_object_list
 
     chosen = [find_checkpoint(run, wanted) if accelerator.is_main_process else None]
     checkpoint = broadcast_object_list(chosen)[0]
     if wanted is not None:
-        if not (checkpoint is not None and checkpoint.parent.resolve() == run.resolve()) and not (checkpoint is None and unfinished(run)):
+        of_this_run = checkpoint is not None and checkpoint.parent.resolve() == run.resolve()
+        if not of_this_run and (checkpoints(run) or not unfinished(run)):
             check_output(run, overwrite=False)
         accelerator.print(f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {run}: starting anew")
     return checkpoint
