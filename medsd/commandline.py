@@ -60,7 +60,9 @@ def _or_exit(step: Callable[[], Result], code: int) -> Result:
     except (InputError, OSError) as error:
         if os.environ.get("MEDSD_DEBUG") == "1":
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        from tqdm import tqdm
+
+        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # On a line of its own, not behind a bar.
         sys.exit(code)
 
 

@@ -3,13 +3,14 @@
 A folder *belongs to medsd* when it holds one of the files that medsd writes; no other folder is ever replaced.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def check_output(folder: Path, overwrite: bool, inputs: Sequence[str | Path | No
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         what = f"a link to {folder.readlink()}: name that" if folder.is_symlink() else "a file: choose another"
         raise InputError(f"--output_dir {folder} is {what}")
+    check_writable(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
@@ -57,6 +59,38 @@ def check_output(folder: Path, overwrite: bool, inputs: Sequence[str | Path | No
     for source in inputs:
         if source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{source} is read by this run, and --overwrite would replace {folder}: choose another --output_dir")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise InputError where `folder`, there or not, could not be written to."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be written to ({nearest} is no folder that you may write to): choose another --output_dir")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within, nobody else can enter the same folder; raises InputError where somebody has. A disk that knows no locks goes without."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is writing to {folder}: wait until it has ended, or choose another --output_dir") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove everything in a folder that `check_output` allowed to overwrite."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def unfinished(folder: Path) -> bool:
@@ -74,7 +108,7 @@ def replace_folder(made: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(final: Path, otherwise: str = "") -> Iterator[Path]:
     """A hidden folder to fill, which takes the place of `final` at the end.
 
@@ -89,7 +123,7 @@ def replacing(final: Path, otherwise: str = "") -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def writing(path: Path, otherwise: str = "") -> Iterator[None]:
     """Within, a full disk and the like become an InputError that names `path`, and says `otherwise`."""
     from safetensors import SafetensorError

@@ -43,7 +43,7 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     from medsd.data.transforms import sample_rows
     from medsd.runtime import check_output, quiet_libraries
     from medsd.training.record import RunRecord
-    from medsd.training.setup import build_accelerator, check_launch, choose_checkpoint, clear_output, eight_bit_adam
+    from medsd.training.setup import build_accelerator, check_launch, choose_checkpoint, eight_bit_adam
 
     quiet_libraries()
     output_dir = Path(config.output_dir)
@@ -60,7 +60,6 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
         eight_bit_adam()
     rows = sample_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples, config.seed)
     source = build_source(config, accelerator, pipe, rows)
-    clear_output(accelerator, output_dir, config.overwrite)
     record = RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard")
     with record, guard.watching_memory():
         train(config, accelerator, pipe, rows, source, record, guard, checkpoint)
@@ -208,16 +207,32 @@ def build_network(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: 
     return PromptedUNet(pipe.unet, pipe.text_encoder, tokenize(pipe.tokenizer, prompts).to(accelerator.device))
 
 
-def default_snr_gamma(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> float | None:
-    """20 from random weights, and none for a pretrained model, a learned variance, zero terminal SNR (whose weight is 0), and for 0."""
+def choices(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> dict[str, Any]:
+    """Values of the flags that may be left away, as they are then."""
+    return {
+        "learning_rate": learning_rate(config, pipe),
+        "snr_gamma": snr_gamma(config, pipe),
+        "prediction_type": pipe.scheduler.config.prediction_type,
+        "beta_schedule": pipe.scheduler.config.beta_schedule,
+        "codec": pipe.codec.kind,
+        "pixel_factor": pipe.codec.factor,
+    }
+
+
+def snr_gamma(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> float | None:
+    """The flag's (0: none); else 20 from random weights, and none for a pretrained model, a learned variance, and zero terminal SNR, whose
+    weight is 0."""
     vanishes = pipe.scheduler.config.get("rescale_betas_zero_snr")
     plain = config.pretrained_model_name_or_path is not None or pipe.learns_variance or vanishes
     wanted = config.snr_gamma if config.snr_gamma is not None else 20.0 * (not plain)
     return wanted or None
 
 
-def default_learning_rate(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> float:
-    """1e-3 from random weights, 1e-4 for adapters and for a model that has to learn its words, 1e-5 for another pretrained one in full."""
+def learning_rate(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> float:
+    """The flag's; else 1e-3 from random weights, 1e-4 for adapters and for a model that has to learn its words, 1e-5 for another
+    pretrained one in full."""
+    if config.learning_rate is not None:
+        return config.learning_rate
     if config.pretrained_model_name_or_path is None:
         return 1e-3
     return 1e-4 if config.rank or not pipe.info.reads_prompts else 1e-5
@@ -268,11 +283,12 @@ def train(
 
     table = row_prompts(rows, pipe.data)
     network = build_network(config, accelerator, pipe, table.prompts)
-    settings = config.settings(accelerator.num_processes) | pipe.data.settings()
+    chosen = choices(config, pipe)
+    settings = config.settings(accelerator.num_processes) | chosen | pipe.data.settings()
     settings["frozen"] = frozen_hash([pipe.unet, pipe.text_encoder, pipe.vae])
-    state, unet = start(accelerator, network, Optimisation(**config.optimisation(default_learning_rate(config, pipe))))
+    state, unet = start(accelerator, network, Optimisation(**config.optimisation(chosen["learning_rate"])))
     schedule, empty = pipe.noise_schedule, len(table.prompts) - 1
-    weights = min_snr_weights(schedule, default_snr_gamma(config, pipe)).to(accelerator.device)
+    weights = min_snr_weights(schedule, chosen["snr_gamma"]).to(accelerator.device)
     sampler = timestep_sampler(config.timestep_sampling, len(weights), accelerator.device, accelerator.gather)
     held_out = HeldOut(pipe, config.dataset_name)
     best = Best(f"validation_{config.best_metric}", config.best_metric == "auroc", config.early_stopping)

@@ -55,7 +55,7 @@ def fine_tune(config: FinetuneVAEConfig, guard: "Guard") -> None:
     from medsd.models.unet import enable_xformers
     from medsd.runtime import check_output, quiet_libraries
     from medsd.training.record import RunRecord
-    from medsd.training.setup import build_accelerator, check_launch, choose_checkpoint, clear_output, eight_bit_adam
+    from medsd.training.setup import build_accelerator, check_launch, choose_checkpoint, eight_bit_adam
 
     quiet_libraries()
     output_dir = Path(config.output_dir)
@@ -78,7 +78,6 @@ def fine_tune(config: FinetuneVAEConfig, guard: "Guard") -> None:
     if config.use_8bit_adam:
         eight_bit_adam()
     distance = build_distance(config)
-    clear_output(accelerator, output_dir, config.overwrite)
     record = RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard")
     with record, guard.watching_memory():
         train(config, accelerator, codec, info, distance, record, guard, checkpoint)
@@ -148,12 +147,14 @@ def build_adversary(
 
     if config.discriminator is None:
         return NoAdversary()
-    optimisation = Optimisation(**config.optimisation(default_learning_rate(config)) | {"use_ema": False, "lr_scheduler": "constant"})
+    optimisation = Optimisation(**config.optimisation(learning_rate(config)) | {"use_ema": False, "lr_scheduler": "constant"})
     return Adversary(accelerator, codec.image_channels, *config.discriminator, last_layer(codec.vae), optimisation, watch)
 
 
-def default_learning_rate(config: FinetuneVAEConfig) -> float:
-    """1e-3 from random weights, 1e-4 for adapters, 1e-5 for a pretrained autoencoder in full."""
+def learning_rate(config: FinetuneVAEConfig) -> float:
+    """The flag's; else 1e-3 from random weights, 1e-4 for adapters, 1e-5 for a pretrained autoencoder in full."""
+    if config.learning_rate is not None:
+        return config.learning_rate
     if config.pretrained_model_name_or_path is None:
         return 1e-3
     return 1e-4 if config.rank else 1e-5
@@ -184,11 +185,12 @@ def train(
     codec.vae.to(accelerator.device)
     prepare_codebook(config, codec, some)
     adapters = choose_trained(config, codec)
-    settings = config.settings(accelerator.num_processes) | info.settings() | {"frozen": frozen_hash([codec.vae])}
+    settings = config.settings(accelerator.num_processes) | info.settings()
+    settings |= {"learning_rate": learning_rate(config), "codec": codec.kind, "frozen": frozen_hash([codec.vae])}
     if config.discriminator is not None:
         # The adaptive weight is that of a micro-batch.
         settings["micro_batch_size"] = config.train_batch_size
-    optimisation = Optimisation(**config.optimisation(default_learning_rate(config)))
+    optimisation = Optimisation(**config.optimisation(learning_rate(config)))
     state, autoencoder = start(accelerator, training_pass(codec), optimisation)
     adversary = build_adversary(config, accelerator, codec, state.watch)
     state.partners.update(adversary.partners)

@@ -1,6 +1,7 @@
 """Shared fixtures: a small phantom prepared once, and the folder of real images where there is one."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,18 @@ def fresh_accelerate():
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
         sys.modules["accelerate.state"].GradientState._reset_state()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_of_a_terminal():
+    """Also under nohup and in the background, where SIGHUP and SIGINT are ignored, and would be by every process that a test starts."""
+    before = {
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

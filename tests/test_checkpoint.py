@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from medsd.errors import InputError
+from medsd.runtime import alone_in
 from medsd.training import checkpoint
 from medsd.training.checkpoint import checkpoints, damage, find_checkpoint, newest_whole, save_checkpoint
 from medsd.training.state import spread
@@ -125,7 +126,7 @@ def test_a_full_disk_names_the_folder_and_costs_nothing(phantom_data, run, tmp_p
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"learning_rate": 0.5}, "learning_rate None -> 0.5"),
+        ({"learning_rate": 0.5}, "learning_rate 0.001 -> 0.5"),
         ({"loss_type": "l1"}, "loss_type l2 -> l1"),
         ({"train_batch_size": 8}, "effective_batch_size 4 -> 8"),
         ({"seed": 3}, "seed 0 -> 3"),
@@ -194,7 +195,7 @@ def test_going_back_leaves_the_abandoned_branch_behind(phantom_data, run, tmp_pa
     flags = {"max_train_steps": 6, "validation_steps": 0, "checkpointing_steps": 6, "learning_rate": 0.01, "allow_config_change": True}
     train(phantom_data, folder, **flags, resume_from_checkpoint=str(folder / "checkpoint-2"))
     said = capsys.readouterr().out
-    assert "warning: checkpoint-4 will be removed" in said and "changed since checkpoint-2: learning_rate None -> 0.01" in said
+    assert "warning: checkpoint-4 will be removed" in said and "changed since checkpoint-2: learning_rate 0.001 -> 0.01" in said
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-6"]
 
 
@@ -224,6 +225,33 @@ def test_what_does_not_matter_may_change(phantom_data, run, tmp_path):
     flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "logging_steps": 2}
     train(data, folder, max_train_steps=4, resume_from_checkpoint="latest", checkpointing_steps=1, **flags)
     assert losses(folder) == pytest.approx([sum(losses(run)[2:]) / 2], rel=1e-5)
+
+
+def test_a_default_may_be_typed(phantom_data, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "unet")
+    typed = {"learning_rate": 1e-3, "snr_gamma": 20.0, "preset": "tiny", "codec": "pixels", "pixel_factor": 4, "resolution": 32}
+    typed |= {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear"}
+    train(phantom_data, folder, **typed, max_train_steps=5, validation_steps=0, resume_from_checkpoint="latest")
+    assert len(losses(folder)) == 5
+
+
+def test_a_finished_run_stays_as_it_is(phantom_data, run, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "unet")
+    train(phantom_data, folder, max_train_steps=4, resume_from_checkpoint="latest")
+    assert "4 of 4 updates are done: there is nothing to train" in capsys.readouterr().out
+    for name in ("environment.json", "metrics.jsonl", "status.json", "unet/diffusion_pytorch_model.safetensors"):
+        assert (folder / name).read_bytes() == (run / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("flags", [{"resume_from_checkpoint": "latest"}, {"overwrite": True}])
+def test_two_runs_in_one_folder_are_refused(phantom_data, run, tmp_path, flags):
+    folder = shutil.copytree(run, tmp_path / "unet")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with alone_in(folder), pytest.raises(InputError, match="another run is writing to .*unet: wait"):
+        train(phantom_data, folder, max_train_steps=5, **flags)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    train(phantom_data, folder, max_train_steps=5, validation_steps=0, **flags)
+    assert json.loads((folder / "status.json").read_text()) == {"state": "finished", "step": 5, "reason": ""}
 
 
 def test_moments_lie_in_memory_as_their_weights_do():

@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+from tqdm import tqdm
 
 from medsd.commandline import parse, run
 from medsd.config import RECIPES, ClassifyConfig, FinetuneUNetConfig, GenerateConfig, PrepareDataConfig
@@ -104,6 +105,19 @@ def test_exit_codes(monkeypatch, capsys, argv, error, code):
         assert capsys.readouterr().err == "error: --pretrained_model_name_or_path and --preset exclude each other: drop one\n"
     if isinstance(error, Exception):
         assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_an_error_has_a_line_of_its_own(monkeypatch, capsys):
+    def main(config):
+        bars.append(tqdm(total=3))
+        raise InputError("mend me")
+
+    bars = []
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    with pytest.raises(SystemExit):
+        run(main, FinetuneUNetConfig)
+    assert "error: mend me" in capsys.readouterr().err.splitlines()
+    bars[0].close()
 
 
 def test_debug_shows_the_traceback(monkeypatch):

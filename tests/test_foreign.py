@@ -1,6 +1,7 @@
 """Models that others trained, opened and fine-tuned: single files, unconditional folders, ImageNet's classes, MONAI bundles."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,10 +63,12 @@ def quiet(name):
 @torch.no_grad()
 def test_a_single_file_is_a_pipeline(stable_diffusion):
     pipe = quiet(stable_diffusion)
-    assert pipe.codec.kind == "kl" and pipe.class_names == [] and pipe.is_sd_shaped
-    drawn = pipe(prompt="a photo of a cat", num_inference_steps=2, output_type="np").images
-    assert drawn.shape == (1, 128, 128, 3) and np.isfinite(drawn).all()
-    scores = pipe.classify([np.zeros((3, 128, 128), np.uint8)], prompts=["a cat", "a dog"], mode="full", max_pairs=2)
+    assert pipe.codec.kind == "kl" and pipe.class_names == [] and pipe.is_sd_shaped and pipe.unet.config.sample_size == 64
+    drawn = pipe(prompt="a photo of a cat", latents=noise(1, 4, 16, 16), num_inference_steps=2, output_type="np").images
+    assert drawn.shape == (1, 32, 32, 3) and np.isfinite(drawn).all()
+    assert pipe.data.resolution == 128
+    pipe.info = replace(pipe.info, data=replace(pipe.data, resolution=32))
+    scores = pipe.classify([np.zeros((3, 32, 32), np.uint8)], prompts=["a cat", "a dog"], mode="full", max_pairs=2)
     assert np.isfinite(scores.log_likelihoods).all()
 
 
@@ -80,13 +83,14 @@ def test_a_folder_in_half_precision_is_fine_tuned_in_full(stable_diffusion, phan
     assert quiet(tmp_path / "variant").unet.dtype == torch.float32
     (tmp_path / "variant" / "config.json").write_text("{}")  # As some repositories on the Hub have beside the index.
     assert quiet(tmp_path / "variant").unet.dtype == torch.float32
-    run = train(phantom_data, tmp_path / "unet", pretrained_model_name_or_path=str(tmp_path / "half"))
+    run = train(phantom_data, tmp_path / "unet", pretrained_model_name_or_path=str(tmp_path / "half"), validation_steps=0)
     assert quiet(run)(class_name="epidural", num_inference_steps=2, output_type="np").images.shape[0] == 1
 
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_single_file_is_fine_tuned(stable_diffusion, phantom_data, tmp_path, rank):
-    run = train(phantom_data, tmp_path / "unet", pretrained_model_name_or_path=str(stable_diffusion), rank=rank)
+    base = {"pretrained_model_name_or_path": str(stable_diffusion), "rank": rank}
+    run = train(phantom_data, tmp_path / "unet", **base, validation_steps=0)
     assert quiet(run).class_names and "<epidural>" in quiet(run).tokenizer.get_vocab()
     assert json.loads((run / "medsd.json").read_text())["reads_prompts"]
     if rank:

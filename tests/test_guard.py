@@ -378,15 +378,28 @@ def test_smaller_micro_batches_see_as_many_images():
     assert [smaller(config, "no room", saved).resume_from_checkpoint for saved in (False, True)] == ["checkpoint-2", "latest"]
 
 
+def test_memory_that_does_not_suffice_before_the_updates_is_said_so(phantom_data, tmp_path, monkeypatch):
+    """Smaller micro-batches would not help, and what was there is still there."""
+    folder = train(phantom_data, tmp_path / "unet", **QUIET)
+
+    def build(*arguments):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("recipes.finetune_unet.build_network", build)
+    with pytest.raises(InputError, match="out of memory before or after the updates .no room.: a smaller --preset"):
+        train(phantom_data, folder, auto_batch_size=True, overwrite=True, **QUIET)
+    assert MedSDPipeline.from_pretrained(folder).class_names and status(folder)["state"] == "finished"
+
+
 # The best look
 
 
 @pytest.mark.parametrize("higher", [True, False])
 def test_the_best_look_is_remembered(higher):
     best, sign = Best("score", higher, patience=2), 1 if higher else -1
-    values = [1.0, 3.0, float("nan"), 2.0, 4.0, 4.0, None]
+    values = [math.inf, 1.0, 3.0, math.nan, 2.0, 4.0, 4.0, None]
     found = [best.improved(step, {} if value is None else {"score": sign * value}) for step, value in enumerate(values)]
-    assert found == [True, True, False, False, True, False, False] and best.step == 4 and best.hopeless
+    assert found == [False, True, True, False, False, True, False, False] and best.step == 5 and best.hopeless
     assert not Best("score", higher, patience=None).hopeless
 
 
@@ -421,6 +434,21 @@ def test_a_longer_run_keeps_the_last_look_and_the_best(phantom_data, tmp_path, m
     train(phantom_data, folder, max_train_steps=6, **flags, resume_from_checkpoint="latest")
     seen = {line["step"]: line["validation_loss"] for line in lines(folder) if "validation_loss" in line}
     assert seen == script and (folder / "best" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == best
+
+
+def test_the_best_model_of_an_abandoned_branch_gives_way(phantom_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("medsd.training.preview.HeldOut.numbers", lambda self: {"validation_loss": next(looks)})
+    flags = {"max_train_steps": 3, "validation_steps": 1, "checkpointing_steps": 1, "checkpoints_total_limit": None}
+    looks = iter([0.5, 0.6, 0.2])
+    folder = train(phantom_data, tmp_path / "unet", **flags)
+    told = folder / "best" / "best.json"
+    assert json.loads(told.read_text()) == {"step": 3, "metric": "validation_loss", "value": 0.2}
+    looks = iter([0.6, 0.55])
+    train(phantom_data, folder, **flags, learning_rate=0.01, allow_config_change=True, resume_from_checkpoint="checkpoint-2")
+    assert json.loads(told.read_text()) == {"step": 3, "metric": "validation_loss", "value": 0.55}
+    best = load_file(folder / "best" / "unet" / "diffusion_pytorch_model.safetensors")
+    kept = load_file(folder / "checkpoint-3" / "ema.safetensors")
+    assert all(torch.equal(value, kept[f"unet.{name}"]) for name, value in best.items())
 
 
 def test_another_best_metric_begins_anew(phantom_data, tmp_path, monkeypatch):

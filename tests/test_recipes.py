@@ -163,7 +163,8 @@ def test_lora_of_a_half_precision_base(phantom_data, run, tmp_path):
 
 def test_overwrite_checks_before_it_deletes(phantom_data, run, tmp_path):
     folder = train(phantom_data, tmp_path / "unet")
-    for flags in ({"vae": "nowhere"}, {"pretrained_model_name_or_path": str(folder)}, {"enable_xformers_memory_efficient_attention": True}):
+    unfit = [{"vae": "nowhere"}, {"pretrained_model_name_or_path": str(folder)}, {"enable_xformers_memory_efficient_attention": True}]
+    for flags in [*unfit, {"unconditional": True, "best_metric": "auroc"}]:
         with pytest.raises(InputError):
             train(phantom_data, folder, overwrite=True, **flags)
     assert MedSDPipeline.from_pretrained(folder).class_names
@@ -284,6 +285,7 @@ def test_other_modes_elbo_and_train_prior(phantom_data, run, tmp_path, mode):
     [
         ({"enable_xformers_memory_efficient_attention": True}, "xformers"),
         ({"mixed_precision": "fp16"}, "needs a GPU"),
+        ({"allow_tf32": True}, "--allow_tf32 is for a GPU"),
         ({"pixel_factor": 5}, "--pixel_factor"),
         ({"pretrained_model_name_or_path": "RUN", "codec": "kl"}, "codec is pixels"),
         ({"pixel_factor": 32}, "--resolution"),

@@ -1,15 +1,19 @@
 """Options of loss and noise through recipes/finetune_unet.py: each changes the training, and what it needs is kept and resumed."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from medsd import MedSDPipeline
 from medsd.commandline import parse
 from medsd.config import FinetuneUNetConfig, FinetuneVAEConfig, PrepareDataConfig
 from medsd.errors import InputError
-from recipes.finetune_unet import build_pipeline, data_info, default_snr_gamma
+from medsd.training.setup import check_launch
+from recipes.finetune_unet import build_pipeline, data_info, snr_gamma
 from tests.test_recipes import losses, train
 
 
@@ -54,7 +58,7 @@ def test_zero_terminal_snr_is_learned_where_there_is_no_signal(phantom_data):
     """There the weights of a min-SNR gamma, which is a preset's default, are 0."""
     for flags, gamma in (({}, 20), ({"rescale_betas_zero_snr": True}, None), ({"rescale_betas_zero_snr": True, "snr_gamma": 5.0}, 5)):
         config = FinetuneUNetConfig(dataset_name=str(phantom_data), **flags)
-        assert default_snr_gamma(config, build_pipeline(config, data_info(config))) == gamma
+        assert snr_gamma(config, build_pipeline(config, data_info(config))) == gamma
 
 
 def test_the_threshold_of_huber_is_heard(phantom_data, tmp_path):
@@ -142,3 +146,22 @@ def test_masks_are_stacked_where_there_are_masks():
     assert parse(PrepareDataConfig, ["--channels", "image", "mask"]).stacks_mask
     with pytest.raises(InputError, match="--mask_column names"):
         parse(PrepareDataConfig, ["--source", "csv", "--data_dir", "d", "--labels", "l.csv", "--channels", "image", "mask"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "message"),
+    [
+        ("MULTI_CPU", {"auto_batch_size": True}, "--auto_batch_size is for one process"),
+        ("FSDP", {"may_shard": False}, "a launch as FSDP: an autoencoder fits one GPU"),
+        ("FSDP", {"version": 1}, "fsdp2.yaml has version 2"),
+        ("FSDP", {"mixed_precision": "fp16"}, "--mixed_precision bf16 or no"),
+        ("DEEPSPEED", {}, "a launch as DEEPSPEED is not known: .*zero2.yaml"),
+    ],
+)
+def test_a_launch_that_does_not_fit_is_refused(kind, flags, message):
+    launched = {"distributed_type": DistributedType[kind], "num_processes": 2, "mixed_precision": flags.get("mixed_precision", "no")}
+    accelerator = SimpleNamespace(**launched, is_fsdp2=flags.get("version", 2) == 2)
+    with pytest.raises(InputError, match=message):
+        check_launch(accelerator, flags.get("auto_batch_size", False), flags.get("may_shard", True))
+    accelerator.distributed_type, accelerator.mixed_precision = DistributedType.MULTI_GPU, "no"
+    check_launch(accelerator, False, may_shard=True)

@@ -9,6 +9,7 @@ from medsd.errors import InputError
 WITHOUT_EFFECT = frozenset(
     {
         "dataset_name",
+        "resolution",
         "train_batch_size",
         "gradient_accumulation_steps",
         "output_dir",
@@ -52,7 +53,7 @@ class TrainingConfig(RecipeConfig):
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls after the warm-up."""
     lr_warmup_steps: int = 100
-    """Optimizer updates over which the learning rate rises."""
+    """Optimizer updates over which the learning rate rises; in a shorter run it never comes to its peak."""
     use_ema: bool = True
     """Keep an exponential moving average of the trained weights, and save that."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -133,10 +134,10 @@ class TrainingConfig(RecipeConfig):
             "checkpoints_kept": self.checkpoints_total_limit,
         }
 
-    def optimisation(self, default_rate: float) -> dict[str, object]:
-        """Keyword arguments of `medsd.training.setup.Optimisation`."""
+    def optimisation(self, learning_rate: float) -> dict[str, object]:
+        """Keyword arguments of `medsd.training.setup.Optimisation`; the learning rate is the flag's or its default."""
         names = ("use_8bit_adam", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "use_ema", "compile")
-        return {"learning_rate": self.learning_rate or default_rate} | {name: getattr(self, name) for name in names}
+        return {"learning_rate": learning_rate} | {name: getattr(self, name) for name in names}
 
     def settings(self, processes: int) -> dict[str, object]:
         """What determines the result: the fields that have an effect, and the number of images in an update."""
@@ -187,6 +188,11 @@ class FinetuneConfig(TrainingConfig):
     """Encode and decode image by image: less memory."""
     enable_vae_tiling: bool = False
     """Encode and decode large images tile by tile: less memory, with faint seams. Large is above the autoencoder's sample_size (512)."""
+
+    def settings(self, processes: int) -> dict[str, object]:
+        """With the defaults of what was left away."""
+        preset = None if self.pretrained_model_name_or_path else self.preset or "tiny"
+        return super().settings(processes) | {"preset": preset, "lora_alpha": self.lora_alpha or self.rank}
 
     def check(self) -> None:
         """And the rules of this recipe."""

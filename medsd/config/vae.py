@@ -44,6 +44,11 @@ class FinetuneVAEConfig(FinetuneConfig):
         weight = GAN_WEIGHT if self.gan_weight is None else self.gan_weight
         return weight, self.max_train_steps // 2 if self.gan_start is None else self.gan_start
 
+    def settings(self, processes: int) -> dict[str, object]:
+        """With the defaults of what was left away."""
+        weight, start = self.discriminator or (0, None)
+        return super().settings(processes) | {"gan_weight": weight, "gan_start": start}
+
     def check(self) -> None:
         """And the rules of this recipe."""
         super().check()

@@ -118,7 +118,9 @@ class ScoringMixin:
         indices = np.array([self._class_index(label) for label in labels])
         missing = sorted(set(range(len(self.class_names))) - set(indices.tolist()))
         if missing:
-            raise InputError(f"no image of {self.class_names[missing[0]]} to calibrate on: add some, or do without calibration")
+            raise InputError(
+                f"no image of {self.class_names[missing[0]]} to calibrate on: take more images, or do without (--calibrate none)"
+            )
         output = self.classify(images, mode="full", max_pairs=max_pairs, batch_size=batch_size, seed=seed, progress=progress, ranges=ranges)
         calibration = fit_calibration(output.log_likelihoods, indices)
         self.info = replace(self.info, calibration=calibration)

@@ -1,7 +1,10 @@
 """The best look so far: whether another one is better, and whether it is time to give up."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,6 +12,8 @@ from medsd.errors import InputError
 
 NO_LOOK = torch.tensor([math.nan, 0.0, 0.0], dtype=torch.float64)
 """`Best.state` before there is one."""
+BEST_FILE = "best.json"
+"""In the folder of the best model: of which look it is."""
 
 
 class Best:
@@ -38,14 +43,28 @@ class Best:
         return int(self.state[1])
 
     def improved(self, step: int, numbers: dict[str, float]) -> bool:
-        """Take note of a look; whether it is the best one so far. Without the number there is none; NaN is never the best."""
+        """Take note of a look; whether it is the best one so far. Without the number there is none; NaN and infinity never are."""
         value, best = numbers.get(self.name, math.nan), self.state[0].item()
-        better = value > best if self.higher else value < best
-        if better or (math.isnan(best) and not math.isnan(value)):
+        better = math.isnan(best) or (value > best if self.higher else value < best)
+        if better and math.isfinite(value):
             self.state.copy_(torch.tensor([value, step, 0.0], dtype=torch.float64))
             return True
         self.state[2] += 1
         return False
+
+    def sign(self, folder: Path) -> None:
+        """Write into the best model's folder of which look it is."""
+        (folder / BEST_FILE).write_text(json.dumps(self._signature()) + "\n")
+
+    def compare(self, folder: Path) -> None:
+        """Begin anew where `folder` holds the model of another look: of updates that this run has still to make, or never made."""
+        file = folder / BEST_FILE
+        said = json.loads(file.read_text()) if file.is_file() else None
+        if folder.is_dir() and said != self._signature():
+            self.state.copy_(NO_LOOK)
+
+    def _signature(self) -> dict[str, Any]:
+        return {"step": self.step, "metric": self.name, "value": self.state[0].item()}
 
     @property
     def hopeless(self) -> bool:

@@ -120,7 +120,7 @@ def newest_whole(run: Path) -> Path | None:
         wrong = damage(checkpoint)
         if wrong is None:
             return checkpoint
-        print(f"warning: {checkpoint} is damaged ({wrong}) and left aside")
+        print(f"warning: {checkpoint} is damaged ({wrong}) and passed over")
     if found:
         raise InputError(f"every checkpoint of {run} is damaged: copy one back, or start anew with --overwrite")
     return None

@@ -135,8 +135,8 @@ class Guard:
 def guarded(train: Callable[[Config, Guard], None], config: Config) -> None:
     """Call `train(config, guard)`.
 
-    Where that raises OutOfMemory and the config has `auto_batch_size`, it is called again, from the last checkpoint, with fewer images
-    in a micro-batch and so many more micro-batches that an update sees as many. Raises InputError where that is not possible.
+    Where an update raises OutOfMemory and the config has `auto_batch_size`, it is called again, from the last checkpoint, with fewer
+    images in a micro-batch and so many more micro-batches that an update sees as many. Raises InputError where that is not possible.
     """
     from accelerate import PartialState
 
@@ -149,6 +149,11 @@ def guarded(train: Callable[[Config, Guard], None], config: Config) -> None:
                 print(f"stopped by {stopped}")
             raise
         except OutOfMemory as error:
+            if not guard.holds:
+                raise InputError(
+                    f"out of memory before or after the updates ({error}): a smaller --preset or --resolution, or --rank with "
+                    "--mixed_precision bf16, need less"
+                ) from None
             config = smaller(config, str(error), guard.saved, PartialState().num_processes)
         gc.collect()
         if torch.cuda.is_available():

@@ -74,7 +74,10 @@ class Loop:
         self.record.begin(done, owes_look, device=str(self.accelerator.device), attention=kernel, trained_parameters=self.state.size)
         if main:
             clear_rests(self.record.folder, done, self.cadence.checkpoints_kept)
+            self.best.compare(self.record.folder / "best")
         self.abandoned = later(self.record.folder, done)
+        if done >= self.cadence.last:
+            self.accelerator.print(f"{done} of {self.cadence.last} updates are done: there is nothing to train")
         self.guard.hold()
         with tqdm(range(done + 1, self.cadence.last + 1), initial=done, total=self.cadence.last, disable=not main) as bar:
             if owes_look:
@@ -136,6 +139,7 @@ class Loop:
             if self.best.improved(step, numbers):
                 with replacing(self.record.folder / "best") as made:
                     self.keep(made)
+                    self.best.sign(made)
         self.looked = step
 
     def _notice_hopeless(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from medsd.errors import InputError
-from medsd.runtime import recover_folder, write_text, writing
+from medsd.runtime import alone_in, clear_folder, recover_folder, write_text, writing
 
 PACKAGES = ("medsd", "torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "xformers")
 AGAIN = "start again with --resume_from_checkpoint latest"
@@ -28,14 +28,14 @@ class RunRecord:
     """Context manager around a training run in `folder`; every process may hold one, the main process writes.
 
     `status.json` says `running`, then `finished`, `preempted` (stopped by a signal) or `failed`, with the last step and the reason.
-    Nothing is written before `begin`, unless the run fails for a reason that is not the user's.
+    Nothing is written or removed before `begin`, unless a run in a fresh folder fails for a reason that is not the user's.
     """
 
     def __init__(self, folder: Path, config: Any, writes: bool = True, tensorboard: bool = True) -> None:
         self.folder, self.config, self.writes, self.tensorboard = folder, config, writes, tensorboard
         self.step, self.reason, self.begun = 0, "", False
         self.board: Any = None
-        self.facts: dict[str, Any] = {}
+        self.held = contextlib.ExitStack()
 
     def __enter__(self) -> "RunRecord":
         return self
@@ -43,43 +43,48 @@ class RunRecord:
     def begin(self, step: int, owes_look: bool, **facts: Any) -> None:
         """Go on after update `step`, and before its look where that is still owed: what was recorded of later ones is dropped.
 
-        `facts`, such as the attention kernel, go to `environment.json`.
+        `facts`, such as the attention kernel, go to `environment.json`. Raises InputError where another run writes to the folder.
         """
-        self.step, self.begun = step, True
         if self.writes:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
+                self.held.enter_context(alone_in(self.folder))
+        self.step, self.begun = step, True
+        if self.writes:
+            with writing(self.folder):
+                clear_folder(self.folder) if self.config.overwrite else recover_folder(self.folder / "best")
             write_text(self.folder / "config.yaml", _yaml({self.config.section: asdict(self.config)}))
             _drop_later(self.folder / "metrics.jsonl", step, step - owes_look)
-            recover_folder(self.folder / "best")
             self._status("running")
             self.environment(**facts)
             if self.tensorboard:
                 self.board = _summary_writer(self.folder / "tensorboard", step + 1)
+                self.held.callback(self.board.close)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.board is not None:
-            self.board.close()
-        if error is None:
-            self._status("finished", self.reason)
-        elif isinstance(error, KeyboardInterrupt | SystemExit):
-            if self.begun or not self._finished():
+        with self.held:
+            if error is None:
+                self._status("finished", self.reason)
+            elif not self.begun and (self.config.overwrite or self._finished() or isinstance(error, InputError)):
+                return  # What is there, if anything, is of another start.
+            elif isinstance(error, KeyboardInterrupt | SystemExit):
                 self._status("preempted", str(error) or "interrupted")
-        elif self.begun or not isinstance(error, InputError):
-            with contextlib.suppress(OSError, InputError):  # The disk may be full, which then is the error.
-                self._status("failed", f"{type(error).__name__}: {error}")
+            else:
+                with contextlib.suppress(OSError, InputError):  # The disk may be full, which then is the error.
+                    self._status("failed", f"{type(error).__name__}: {error}")
 
     def environment(self, **facts: Any) -> None:
-        """Write `environment.json`: versions, commit, machine, and `facts`, added to those told before."""
-        self.facts |= facts
+        """Write `environment.json`: versions, commit, machine, and `facts`, beside those told before, also by an earlier start."""
         if self.writes:
+            file = self.folder / "environment.json"
+            before = json.loads(file.read_text()) if file.is_file() else {}
             record = {
                 "packages": _versions(),
                 "commit": _commit(),
                 "python": platform.python_version(),
                 "machine": platform.machine(),
-            } | self.facts
-            write_text(self.folder / "environment.json", json.dumps(record, indent=2) + "\n")
+            }
+            write_text(file, json.dumps(before | record | facts, indent=2) + "\n")
 
     def log(self, step: int, **numbers: float | None) -> None:
         """One line of `metrics.jsonl` (null for what is not finite), and a point on each curve."""

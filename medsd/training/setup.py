@@ -1,7 +1,6 @@
 """What every training recipe does once, before its loop."""
 
 import hashlib
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from medsd.data.transforms import TrainingOrder, TrainingRows, training_loader
 from medsd.errors import InputError
 from medsd.randomness import Part, Randomness, normal
-from medsd.runtime import LONGEST_WAIT, check_output, to_device, unfinished, use_all_cores
+from medsd.runtime import LONGEST_WAIT, check_output, check_writable, to_device, unfinished, use_all_cores
 from medsd.training.best import NO_LOOK
 from medsd.training.checkpoint import check_same, checkpoints, find_checkpoint, read_record, read_tensors
 from medsd.training.sharding import Mirror, alike, configure
@@ -28,12 +27,14 @@ FEW_NUMBERS = 1024
 
 
 def build_accelerator(mixed_precision: str, accumulation: int, seed: int, allow_tf32: bool = False) -> Any:
-    """An Accelerator, with weights' initialisation seeded; raises InputError for fp16 without a GPU."""
+    """An Accelerator, with weights' initialisation seeded; raises InputError for what needs a GPU where there is none."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, set_seed
 
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--mixed_precision fp16 needs a GPU: use bf16 or no")
+    if allow_tf32 and not torch.cuda.is_available():
+        raise InputError("--allow_tf32 is for a GPU: leave it away")
     torch.set_float32_matmul_precision("high" if allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = allow_tf32
     set_seed(seed)
@@ -73,18 +74,12 @@ def choose_checkpoint(accelerator: Any, run: Path, wanted: str | None) -> Path |
     chosen = [find_checkpoint(run, wanted) if accelerator.is_main_process else None]
     checkpoint = broadcast_object_list(chosen)[0]
     if wanted is not None:
+        check_writable(run)
         of_this_run = checkpoint is not None and checkpoint.parent.resolve() == run.resolve()
         if not of_this_run and (checkpoints(run) or not unfinished(run)):
             check_output(run, overwrite=False)
         accelerator.print(f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {run}: starting anew")
     return checkpoint
-
-
-def clear_output(accelerator: Any, folder: Path, overwrite: bool) -> None:
-    """With `overwrite`, empty a folder that `check_output` allowed; everything that can be refused has been refused by then."""
-    if overwrite and accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-    accelerator.wait_for_everyone()
 
 
 @dataclass(frozen=True)
