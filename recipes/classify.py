@@ -25,7 +25,8 @@ def main(config: ClassifyConfig) -> None:
     from accelerate import Accelerator
 
     from medsd.inference.pipeline import MedSDPipeline
-    from medsd.runtime import check_output, quiet_libraries, use_all_cores
+    from medsd.output import check_output
+    from medsd.runtime import quiet_libraries, use_all_cores
 
     quiet_libraries()
     output_dir = Path(config.output_dir)
@@ -172,7 +173,7 @@ def write(
     import pyarrow
     import pyarrow.parquet
 
-    from medsd.runtime import write_text
+    from medsd.output import write_text
 
     columns = {
         "key": rows["key"],

@@ -41,7 +41,8 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     from medsd.data.dataset import load_dataset
     from medsd.data.intensity import label_channels
     from medsd.data.transforms import sample_rows
-    from medsd.runtime import check_output, quiet_libraries
+    from medsd.output import check_output
+    from medsd.runtime import quiet_libraries
     from medsd.training.record import RunRecord
     from medsd.training.setup import build_accelerator, check_launch, choose_checkpoint, eight_bit_adam
 
@@ -208,12 +209,14 @@ def build_network(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: 
 
 
 def choices(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> dict[str, Any]:
-    """Values of the flags that may be left away, as they are then."""
+    """What flags that may be left away come to."""
     return {
         "learning_rate": learning_rate(config, pipe),
         "snr_gamma": snr_gamma(config, pipe),
         "prediction_type": pipe.scheduler.config.prediction_type,
         "beta_schedule": pipe.scheduler.config.beta_schedule,
+        "scheduler": type(pipe.scheduler).__name__,
+        "betas": [round(pipe.scheduler.betas[place].item(), 6) for place in (0, -1)],
         "codec": pipe.codec.kind,
         "pixel_factor": pipe.codec.factor,
     }
@@ -273,7 +276,7 @@ def train(
     from medsd.models.conditioning import drop_prompts
     from medsd.objectives.diffusion import denoising_error, draw_noise, draw_perturbation, elementwise_loss, hybrid_error, min_snr_weights
     from medsd.objectives.timesteps import timestep_sampler
-    from medsd.runtime import writing
+    from medsd.output import writing
     from medsd.training.best import Best
     from medsd.training.loop import Cadence, Loop
     from medsd.training.preview import HeldOut
@@ -321,7 +324,7 @@ def train(
 
     accelerator.wait_for_everyone()
     state.adopt_average()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not loop.idle:
         with writing(record.folder, AGAIN):
             pipe.save_pretrained(record.folder)
     loop.finish()

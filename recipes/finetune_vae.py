@@ -53,7 +53,8 @@ def fine_tune(config: FinetuneVAEConfig, guard: "Guard") -> None:
     from medsd.models.autoencoders import load_vae, recompute_activations, save_memory
     from medsd.models.codec import codec_of
     from medsd.models.unet import enable_xformers
-    from medsd.runtime import check_output, quiet_libraries
+    from medsd.output import check_output
+    from medsd.runtime import quiet_libraries
     from medsd.training.record import RunRecord
     from medsd.training.setup import build_accelerator, check_launch, choose_checkpoint, eight_bit_adam
 
@@ -220,7 +221,7 @@ def train(
 
     accelerator.wait_for_everyone()
     state.adopt_average()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not loop.idle:
         save(config, codec, adapters, info, some, record.folder)
     loop.finish()
     if accelerator.is_main_process:
@@ -257,7 +258,7 @@ def keep(config: FinetuneVAEConfig, codec: "LearnedCodec", adapters: Any, info: 
 def save(config: FinetuneVAEConfig, codec: "LearnedCodec", adapters: Any, info: "DataInfo", images: "Tensor", folder: Path) -> None:
     """Put the autoencoder into the run's folder."""
     from medsd.inference.folder import publish
-    from medsd.runtime import partial_folder, writing
+    from medsd.output import partial_folder, writing
     from medsd.training.record import AGAIN
 
     with writing(folder, AGAIN):
@@ -270,7 +271,7 @@ def report(config: FinetuneVAEConfig, codec: "LearnedCodec", info: "DataInfo", i
     """What the autoencoder in `folder` makes of held-out images; the linear codec to compare with is fitted on images `(N, C, H, W)`."""
     from medsd.models.autoencoders import load_vae
     from medsd.models.codec import codec_of
-    from medsd.runtime import write_text
+    from medsd.output import write_text
     from medsd.training.reconstruction import HeldOutImages, described, full_numbers, sheet
 
     final = codec_of(load_vae(str(folder)).to(codec.vae.device), codec.image_channels)

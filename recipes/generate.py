@@ -25,7 +25,8 @@ def main(config: GenerateConfig) -> None:
 
     from medsd.inference.pictures import grid, picture
     from medsd.inference.pipeline import MedSDPipeline
-    from medsd.runtime import check_output, partial_folder, quiet_libraries, replace_folder, use_all_cores
+    from medsd.output import check_output, partial_folder, replace_folder
+    from medsd.runtime import quiet_libraries, use_all_cores
 
     quiet_libraries()
     output_dir = Path(config.output_dir)

@@ -29,7 +29,7 @@ def main(config: PrepareDataConfig) -> None:
     from medsd.data.prepare import PHANTOM_RESOLUTION, PrepareOptions, load_salt, prepare, prepare_phantom
     from medsd.data.survey import survey
     from medsd.errors import InputError
-    from medsd.runtime import check_output
+    from medsd.output import check_output
 
     output_dir = Path(config.output_dir)
     if not config.dry_run:

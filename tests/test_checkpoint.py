@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from medsd import output
 from medsd.errors import InputError
-from medsd.runtime import alone_in
-from medsd.training import checkpoint
+from medsd.output import alone_in, check_output, clear_folder
 from medsd.training.checkpoint import checkpoints, damage, find_checkpoint, newest_whole, save_checkpoint
 from medsd.training.state import spread
 from tests.test_recipes import losses, train
@@ -86,14 +86,14 @@ def test_the_oldest_go_after_success_and_so_does_what_was_left_behind(tmp_path):
 
 def test_a_save_that_is_cut_off_leaves_what_was_there(tmp_path, monkeypatch):
     """At each of its steps: what was renamed is whole, and the next save clears up."""
-    before, flush, wanted = save(tmp_path, 1), checkpoint._flush, 0
+    before, flush, wanted = save(tmp_path, 1), output.flush, 0
 
     def cut_off(path):
         if next(calls) == wanted:
             raise KeyboardInterrupt
         flush(path)
 
-    monkeypatch.setattr(checkpoint, "_flush", cut_off)
+    monkeypatch.setattr(output, "flush", cut_off)
     while True:
         calls, wanted = iter(range(100)), wanted + 1
         try:
@@ -236,11 +236,19 @@ def test_a_default_may_be_typed(phantom_data, run, tmp_path):
 
 
 def test_a_finished_run_stays_as_it_is(phantom_data, run, tmp_path, capsys):
+    """With a calibration that it has been given since."""
     folder = shutil.copytree(run, tmp_path / "unet")
-    train(phantom_data, folder, max_train_steps=4, resume_from_checkpoint="latest")
-    assert "4 of 4 updates are done: there is nothing to train" in capsys.readouterr().out
-    for name in ("environment.json", "metrics.jsonl", "status.json", "unet/diffusion_pytorch_model.safetensors"):
-        assert (folder / name).read_bytes() == (run / name).read_bytes(), name
+    info = json.loads((folder / "medsd.json").read_text())
+    (folder / "medsd.json").write_text(json.dumps(info | {"calibration": {"temperature": 2.0, "bias": [0.0] * 6}}))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "config.yaml"}
+    train(phantom_data, folder, max_train_steps=4, validation_steps=0, resume_from_checkpoint="latest")
+    assert "4 of 4 updates are done: there was nothing to train" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in before}
+    (folder / "status.json").unlink()  # Killed before the model was whole.
+    shutil.rmtree(folder / "unet")
+    train(phantom_data, folder, max_train_steps=4, validation_steps=0, resume_from_checkpoint="latest")
+    written = "unet/diffusion_pytorch_model.safetensors"
+    assert (folder / written).read_bytes() == (run / written).read_bytes()
 
 
 @pytest.mark.parametrize("flags", [{"resume_from_checkpoint": "latest"}, {"overwrite": True}])
@@ -252,6 +260,65 @@ def test_two_runs_in_one_folder_are_refused(phantom_data, run, tmp_path, flags):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     train(phantom_data, folder, max_train_steps=5, validation_steps=0, **flags)
     assert json.loads((folder / "status.json").read_text()) == {"state": "finished", "step": 5, "reason": ""}
+    with alone_in(tmp_path / "new"), pytest.raises(InputError, match="another run is writing to .*new: wait"):
+        train(phantom_data, tmp_path / "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"unet"}
+
+
+def test_an_overwrite_that_is_cut_off_can_be_done_again(run, tmp_path, monkeypatch):
+    """At each of its steps."""
+    wanted, real = 0, {name: getattr(os, name) for name in ("replace", "unlink")}
+
+    def cut_off(name):
+        def act(*arguments, **options):
+            if next(calls) == wanted:
+                raise KeyboardInterrupt
+            return real[name](*arguments, **options)
+
+        return act
+
+    while True:
+        folder = shutil.copytree(run, tmp_path / f"unet{wanted}")
+        calls, wanted = iter(range(1, 1000)), wanted + 1
+        with monkeypatch.context() as patch:
+            for name in real:
+                patch.setattr(os, name, cut_off(name))
+            try:
+                clear_folder(folder)
+            except KeyboardInterrupt:
+                check_output(folder, overwrite=True, recipe="finetune_unet.py")
+            else:
+                break
+        shutil.rmtree(folder)
+    assert wanted > 20 and not any(folder.iterdir())
+
+
+def test_only_its_own_recipe_replaces_an_unfinished_training(run, tmp_path):
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    for name in ("config.yaml", "status.json"):
+        shutil.copy(run / name, folder)
+    for recipe in ("", "finetune_vae.py"):
+        with pytest.raises(InputError, match="a training of another recipe"):
+            check_output(folder, overwrite=True, recipe=recipe)
+    check_output(folder, overwrite=True, recipe="finetune_unet.py")
+
+
+def test_an_abandoned_branch_does_not_come_back(tmp_path, monkeypatch):
+    """Where its removal is cut off."""
+    for step in (1, 5, 6):
+        save(tmp_path, step)
+    real = shutil.rmtree
+
+    def cut_off(path, **options):
+        if path.name.endswith(".old") and path.exists():
+            raise KeyboardInterrupt
+        real(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 3, abandoned=[tmp_path / "checkpoint-5", tmp_path / "checkpoint-6"])
+    assert newest_whole(tmp_path).name == "checkpoint-3"
 
 
 def test_moments_lie_in_memory_as_their_weights_do():

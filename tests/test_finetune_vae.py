@@ -86,6 +86,13 @@ def test_the_discriminator_joins_at_its_update(phantom_data, tmp_path):
             train(phantom_data, run, allow_config_change=True, **again)
 
 
+def test_a_longer_run_keeps_the_update_at_which_the_discriminator_joined(phantom_data, tmp_path):
+    folder = train(phantom_data, tmp_path / "vae", max_train_steps=4, gan_weight=0.5)
+    train(phantom_data, folder, max_train_steps=7, gan_weight=0.5, resume_from_checkpoint="latest")
+    named = ["discriminator_loss" in line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert named == [False] + [True] * 6
+
+
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_a_decoder_alone_keeps_the_latent_space(phantom_data, tmp_path, trained, kind):
     before = load_vae(str(trained[kind]))

@@ -101,7 +101,7 @@ def test_a_signal_before_the_first_update_saves_nothing(phantom_data, tmp_path, 
         hold = Guard.hold
         patch.setattr(Guard, "hold", lambda self: hold(self) or os.kill(os.getpid(), signal.SIGUSR1))
         train(phantom_data, tmp_path / "unet", max_train_steps=4, **QUIET)
-    told = "SIGUSR1: no update was made; start again with the same command"
+    told = "SIGUSR1: no update was made; start again with --resume_from_checkpoint latest"
     assert stopped.value.code == 75 and status(tmp_path / "unet") == {"state": "preempted", "step": 0, "reason": told}
     assert not list((tmp_path / "unet").glob("checkpoint-*"))
 
@@ -174,7 +174,14 @@ def test_a_signal_before_a_run_begins_is_told_unless_it_had_finished(phantom_dat
         (folder / "status.json").write_text(json.dumps({"state": before, "step": 2, "reason": ""}))
         with pytest.raises(SystemExit):
             train(phantom_data, folder, max_train_steps=2, **QUIET, resume_from_checkpoint="latest")
-        assert status(folder)["state"] == after
+        assert status(folder)["state"] == after and status(folder)["step"] == 2
+    fresh = tmp_path / "fresh"
+    with pytest.raises(SystemExit):
+        train(phantom_data, fresh, max_train_steps=2, **QUIET)
+    assert status(fresh) == {"state": "preempted", "step": 0, "reason": "SIGUSR1"}
+    monkeypatch.undo()
+    train(phantom_data, fresh, max_train_steps=2, **QUIET, resume_from_checkpoint="latest")
+    assert status(fresh)["state"] == "finished"
 
 
 def test_a_signal_that_comes_while_processes_agree_counts_the_next_time(monkeypatch):
@@ -378,17 +385,21 @@ def test_smaller_micro_batches_see_as_many_images():
     assert [smaller(config, "no room", saved).resume_from_checkpoint for saved in (False, True)] == ["checkpoint-2", "latest"]
 
 
-def test_memory_that_does_not_suffice_before_the_updates_is_said_so(phantom_data, tmp_path, monkeypatch):
-    """Smaller micro-batches would not help, and what was there is still there."""
-    folder = train(phantom_data, tmp_path / "unet", **QUIET)
+@pytest.mark.parametrize("place", ["recipes.finetune_unet.build_network", "medsd.training.preview.HeldOut.numbers"])
+def test_memory_that_does_not_suffice_outside_of_an_update_is_said_so(phantom_data, tmp_path, monkeypatch, place):
+    """Smaller micro-batches would not help; and before the first update what was there is still there."""
+    folder, calls = train(phantom_data, tmp_path / "unet", **QUIET), []
 
-    def build(*arguments):
+    def full(*arguments):
+        calls.append(arguments)
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("recipes.finetune_unet.build_network", build)
-    with pytest.raises(InputError, match="out of memory before or after the updates .no room.: a smaller --preset"):
-        train(phantom_data, folder, auto_batch_size=True, overwrite=True, **QUIET)
-    assert MedSDPipeline.from_pretrained(folder).class_names and status(folder)["state"] == "finished"
+    monkeypatch.setattr(place, full)
+    with pytest.raises(InputError, match="out of memory outside of an update .no room.: a smaller --preset"):
+        train(phantom_data, folder, auto_batch_size=True, overwrite=True)
+    assert len(calls) == 1
+    if place.endswith("build_network"):
+        assert MedSDPipeline.from_pretrained(folder).class_names and status(folder)["state"] == "finished"
 
 
 # The best look
@@ -436,13 +447,16 @@ def test_a_longer_run_keeps_the_last_look_and_the_best(phantom_data, tmp_path, m
     assert seen == script and (folder / "best" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == best
 
 
-def test_the_best_model_of_an_abandoned_branch_gives_way(phantom_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_best_model_of_an_abandoned_branch_gives_way(phantom_data, tmp_path, monkeypatch, damaged):
     monkeypatch.setattr("medsd.training.preview.HeldOut.numbers", lambda self: {"validation_loss": next(looks)})
     flags = {"max_train_steps": 3, "validation_steps": 1, "checkpointing_steps": 1, "checkpoints_total_limit": None}
     looks = iter([0.5, 0.6, 0.2])
     folder = train(phantom_data, tmp_path / "unet", **flags)
     told = folder / "best" / "best.json"
     assert json.loads(told.read_text()) == {"step": 3, "metric": "validation_loss", "value": 0.2}
+    if damaged:
+        told.write_text("")
     looks = iter([0.6, 0.55])
     train(phantom_data, folder, **flags, learning_rate=0.01, allow_config_change=True, resume_from_checkpoint="checkpoint-2")
     assert json.loads(told.read_text()) == {"step": 3, "metric": "validation_loss", "value": 0.55}

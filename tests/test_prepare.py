@@ -25,7 +25,7 @@ from medsd.data.sources import image_folder, npz, table
 from medsd.data.splits import SPLITS
 from medsd.data.transforms import TrainingOrder, shift
 from medsd.errors import InputError
-from medsd.runtime import check_output
+from medsd.output import check_output
 from recipes.prepare_data import main
 
 OPTIONS = PrepareOptions(resolution=16, num_workers=0)

@@ -13,7 +13,7 @@ from medsd.commandline import parse
 from medsd.config import FinetuneUNetConfig, FinetuneVAEConfig, PrepareDataConfig
 from medsd.errors import InputError
 from medsd.training.setup import check_launch
-from recipes.finetune_unet import build_pipeline, data_info, snr_gamma
+from recipes.finetune_unet import build_pipeline, choices, data_info, snr_gamma
 from tests.test_recipes import losses, train
 
 
@@ -146,6 +146,16 @@ def test_masks_are_stacked_where_there_are_masks():
     assert parse(PrepareDataConfig, ["--channels", "image", "mask"]).stacks_mask
     with pytest.raises(InputError, match="--mask_column names"):
         parse(PrepareDataConfig, ["--source", "csv", "--data_dir", "d", "--labels", "l.csv", "--channels", "image", "mask"])
+
+
+def test_other_noise_is_another_setting(phantom_data):
+    """Though the schedule has the same name."""
+    config = FinetuneUNetConfig(dataset_name=str(phantom_data))
+    pipe = build_pipeline(config, data_info(config))
+    before = choices(config, pipe)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, beta_start=0.0015, beta_end=0.0195)
+    after = choices(config, pipe)
+    assert {name for name in before if before[name] != after[name]} == {"betas"} and after["betas"] == [0.0015, 0.0195]
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ class FinetuneVAEConfig(FinetuneConfig):
 
     def settings(self, processes: int) -> dict[str, object]:
         """With the defaults of what was left away."""
-        weight, start = self.discriminator or (0, None)
-        return super().settings(processes) | {"gan_weight": weight, "gan_start": start}
+        weight, _ = self.discriminator or (0, None)
+        return super().settings(processes) | {"gan_weight": weight}
 
     def check(self) -> None:
         """And the rules of this recipe."""

@@ -20,7 +20,7 @@ from medsd.data.splits import SPLITS
 from medsd.data.staging import Staging, read_places
 from medsd.data.workers import Job, WorkerPool
 from medsd.errors import InputError
-from medsd.runtime import partial_folder, replace_folder
+from medsd.output import partial_folder, replace_folder
 
 LEAST_SHOWN = 2
 """Images of a class on the contact sheet, however many panels each has."""

@@ -25,7 +25,7 @@ from medsd.data.sources import table
 from medsd.data.staging import Staging, write_block
 from medsd.data.workers import Job, WorkerPool
 from medsd.errors import InputError
-from medsd.runtime import check_output
+from medsd.output import check_output
 
 PHANTOM_SALT = b"medsd phantom: procedural, nobody's data"
 PHANTOM_RESOLUTION = 64

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from medsd.data.dataset import INFO_FILE, DataInfo
 from medsd.errors import InputError
 from medsd.inference.likelihood import Calibration
-from medsd.runtime import write_text
+from medsd.output import write_text
 
 INDEX_FILE = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"

@@ -41,7 +41,7 @@ from medsd.models.conditioning import (
 from medsd.models.lora import lora_layers
 from medsd.models.presets import LEARNED_VARIANCE, PRESETS, SD_SCHEDULE
 from medsd.models.unet import build_unet
-from medsd.runtime import partial_folder
+from medsd.output import partial_folder
 
 FOREIGN_DATA = {"intensity": Range(0.0, 255.0).to_dict(), "resize": "pad", "unit": "grey value", "fingerprint": ""}
 

@@ -1,5 +1,6 @@
 """The best look so far: whether another one is better, and whether it is time to give up."""
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -58,8 +59,9 @@ class Best:
 
     def compare(self, folder: Path) -> None:
         """Begin anew where `folder` holds the model of another look: of updates that this run has still to make, or never made."""
-        file = folder / BEST_FILE
-        said = json.loads(file.read_text()) if file.is_file() else None
+        said = None
+        with contextlib.suppress(OSError, ValueError):
+            said = json.loads((folder / BEST_FILE).read_text())
         if folder.is_dir() and said != self._signature():
             self.state.copy_(NO_LOOK)
 

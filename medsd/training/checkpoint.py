@@ -1,6 +1,6 @@
 """Checkpoints `checkpoint-N/`: everything a run needs to go on after update N, in safetensors and JSON; no pickle is ever read.
 
-A checkpoint is written under a hidden name: tensors and `state.json`, then `manifest.json` with the sha256 of each file, all of them
+A checkpoint is written under a hidden name: tensors and `state.json`, then `manifest.json` with the sha256 of each file; all of them are
 flushed to the disk, and then it is renamed. So a folder called `checkpoint-N` is whole, and one that was damaged later is noticed.
 """
 
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medsd.errors import InputError
-from medsd.runtime import replacing
+from medsd.output import replacing
 
 STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
 Tensors = dict[str, torch.Tensor]
@@ -45,7 +45,6 @@ def save_checkpoint(
             save_file(_apart(tensors), path)
         (made / STATE_FILE).write_text(json.dumps(record))
         _seal(made)
-    _flush(run)
     _prune(run, kept, [path for path in abandoned if path != final])
     return final
 
@@ -151,14 +150,9 @@ def _apart(tensors: Tensors) -> Tensors:
 
 
 def _seal(folder: Path) -> None:
-    """Flush every file, write the manifest last, and flush that."""
+    """Write the manifest of the folder's files."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        _flush(path)
-    manifest = folder / MANIFEST_FILE
-    manifest.write_text(_manifest({str(path.relative_to(folder)): _sha256(path) for path in files}))
-    for path in (manifest, *{path.parent for path in files}):
-        _flush(path)
+    (folder / MANIFEST_FILE).write_text(_manifest({str(path.relative_to(folder)): _sha256(path) for path in files}))
 
 
 def _manifest(digests: Mapping[str, str]) -> str:
@@ -169,15 +163,6 @@ def _manifest(digests: Mapping[str, str]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def clear_rests(run: Path, step: int, kept: int | None) -> None:
@@ -193,12 +178,13 @@ def _prune(run: Path, kept: int | None, abandoned: list[Path]) -> None:
 
 
 def _discard(unwanted: list[Path]) -> None:
-    for path in unwanted:
-        # Renamed first, so that a kill leaves no half of one under its name.
-        hidden = path.with_name(f".{path.name}.old")
+    """All are renamed first, the newest before the others, so that after a kill `latest` is none of them, nor half of one."""
+    hidden = {path: path.with_name(f".{path.name}.old") for path in sorted(unwanted, key=step_of, reverse=True)}
+    for path, other in hidden.items():
         with contextlib.suppress(OSError):
-            os.replace(path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+            os.replace(path, other)
+    for other in hidden.values():
+        shutil.rmtree(other, ignore_errors=True)
 
 
 def _clean(run: Path) -> None:

@@ -11,14 +11,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 
 from medsd.errors import InputError
+from medsd.output import alone_in
 from medsd.runtime import LONGEST_WAIT
 
 EXIT_CODES = {signal.SIGHUP: 129, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
@@ -54,6 +56,8 @@ class Guard:
         self.level, self.decided, self.holds, self.first = 0, 0, False, math.inf
         self.saved = False
         """Whether this start has saved a checkpoint."""
+        self.updating = False
+        """Whether an update is being made."""
         self.group: Any = None
         self.before: dict[signal.Signals, Any] = {}
 
@@ -133,31 +137,43 @@ class Guard:
 
 
 def guarded(train: Callable[[Config, Guard], None], config: Config) -> None:
-    """Call `train(config, guard)`.
+    """Call `train(config, guard)`, alone in the config's output folder.
 
     Where an update raises OutOfMemory and the config has `auto_batch_size`, it is called again, from the last checkpoint, with fewer
-    images in a micro-batch and so many more micro-batches that an update sees as many. Raises InputError where that is not possible.
+    images in a micro-batch and so many more micro-batches that an update sees as many. Raises InputError where that is not possible,
+    and where another run is in the folder.
     """
-    from accelerate import PartialState
-
-    while True:
+    first = os.environ.get("RANK", "0") == "0"
+    with alone_in(Path(config.output_dir)) if first else nullcontext():
         try:
-            with Guard() as guard:
-                return train(config, guard)
+            again: Config | None = config
+            while again is not None:
+                again = _attempt(train, again)
         except Preempted as stopped:
-            if os.environ.get("RANK", "0") == "0":
+            if first:
                 print(f"stopped by {stopped}")
             raise
-        except OutOfMemory as error:
-            if not guard.holds:
-                raise InputError(
-                    f"out of memory before or after the updates ({error}): a smaller --preset or --resolution, or --rank with "
-                    "--mixed_precision bf16, need less"
-                ) from None
-            config = smaller(config, str(error), guard.saved, PartialState().num_processes)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+
+def _attempt(train: Callable[[Config, Guard], None], config: Config) -> Config | None:
+    """Train; the config to go on with where an update needs more memory than there is."""
+    from accelerate import PartialState
+
+    try:
+        with Guard() as guard:
+            train(config, guard)
+        return None
+    except OutOfMemory as error:
+        if not guard.updating:
+            raise InputError(
+                f"out of memory outside of an update ({error}): a smaller --preset or --resolution, or --rank with --mixed_precision bf16, "
+                "need less"
+            ) from None
+        config = smaller(config, str(error), guard.saved, PartialState().num_processes)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return config
 
 
 def smaller(config: Config, reason: str, saved: bool, processes: int = 1) -> Config:

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from medsd.errors import InputError
 from medsd.models.unet import attention_kernel
-from medsd.runtime import replacing
+from medsd.output import replacing
 from medsd.training.best import Best
 from medsd.training.checkpoint import clear_rests, later, save_checkpoint
 from medsd.training.guard import ASKED, Guard, Preempted
-from medsd.training.record import RunRecord
+from medsd.training.record import AGAIN, RunRecord
 from medsd.training.state import MOST_SKIPPED, TrainState, process_states
 from medsd.training.stopwatch import described, profile
 
@@ -76,8 +76,6 @@ class Loop:
             clear_rests(self.record.folder, done, self.cadence.checkpoints_kept)
             self.best.compare(self.record.folder / "best")
         self.abandoned = later(self.record.folder, done)
-        if done >= self.cadence.last:
-            self.accelerator.print(f"{done} of {self.cadence.last} updates are done: there is nothing to train")
         self.guard.hold()
         with tqdm(range(done + 1, self.cadence.last + 1), initial=done, total=self.cadence.last, disable=not main) as bar:
             if owes_look:
@@ -86,8 +84,10 @@ class Loop:
             steps = iter(() if self.guard.agreed(self.accelerator) else bar)
             self.state.watch.mark("other")
             for step in steps:
+                self.guard.updating = True
                 yield step
                 self.state.finish_update()
+                self.guard.updating = False
                 self.record.step, self.trained = step, step - done
                 stops = self._between(step, bar)
                 self.state.watch.mark("other")
@@ -95,7 +95,7 @@ class Loop:
                     break
         if self.guard.decided >= ASKED:
             told = f"checkpoint-{self.saved} is saved; go on with --resume_from_checkpoint latest"
-            raise self.guard.preempted(told if self.saved else "no update was made; start again with the same command")
+            raise self.guard.preempted(told if self.saved else f"no update was made; {AGAIN}")
 
     def _between(self, step: int, bar: tqdm) -> bool:
         """What is due after an update; whether it was the last one. The checkpoint comes first, since a look may fail."""
@@ -144,7 +144,7 @@ class Loop:
 
     def _notice_hopeless(self) -> None:
         """Stop where the looks do not get better."""
-        if self.best.hopeless and self.record.step < self.cadence.last:
+        if self.accelerator.is_main_process and self.best.hopeless and self.record.step < self.cadence.last:
             self.record.reason = self.best.verdict
             self.guard.enough()
 
@@ -178,9 +178,16 @@ class Loop:
         self.accelerator.wait_for_everyone()
         self.saved, self.guard.saved, self.abandoned = step, True, []
 
+    @property
+    def idle(self) -> bool:
+        """Whether an earlier start has finished this run, and this one had nothing to add; its model is there, and may be calibrated."""
+        return not self.trained and self.record.finished == self.record.step
+
     def finish(self) -> None:
         """Once the model is written: why the run stopped early, and a line about its speed, which `environment.json` keeps."""
         self.guard.release()
+        if self.idle:
+            self.accelerator.print(f"{self.record.step} of {self.cadence.last} updates are done: there was nothing to train")
         if self.record.reason:
             best = self.record.folder / "best"
             self.accelerator.print(f"stopped early: {self.record.reason}" + (f", see {best}" if best.is_dir() else ""))

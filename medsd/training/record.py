@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from medsd.errors import InputError
-from medsd.runtime import alone_in, clear_folder, recover_folder, write_text, writing
+from medsd.output import clear_folder, recover_folder, write_text, writing
 
 PACKAGES = ("medsd", "torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "xformers")
 AGAIN = "start again with --resume_from_checkpoint latest"
@@ -28,14 +28,15 @@ class RunRecord:
     """Context manager around a training run in `folder`; every process may hold one, the main process writes.
 
     `status.json` says `running`, then `finished`, `preempted` (stopped by a signal) or `failed`, with the last step and the reason.
-    Nothing is written or removed before `begin`, unless a run in a fresh folder fails for a reason that is not the user's.
+    Nothing is removed before `begin`, and nothing is written unless a run that nobody has finished is stopped or fails for a reason that
+    is not the user's.
     """
 
     def __init__(self, folder: Path, config: Any, writes: bool = True, tensorboard: bool = True) -> None:
         self.folder, self.config, self.writes, self.tensorboard = folder, config, writes, tensorboard
         self.step, self.reason, self.begun = 0, "", False
         self.board: Any = None
-        self.held = contextlib.ExitStack()
+        self.earlier = _read(folder / "status.json")
 
     def __enter__(self) -> "RunRecord":
         return self
@@ -43,48 +44,51 @@ class RunRecord:
     def begin(self, step: int, owes_look: bool, **facts: Any) -> None:
         """Go on after update `step`, and before its look where that is still owed: what was recorded of later ones is dropped.
 
-        `facts`, such as the attention kernel, go to `environment.json`. Raises InputError where another run writes to the folder.
+        `facts`, such as the attention kernel, go to `environment.json`.
         """
-        if self.writes:
-            with writing(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.held.enter_context(alone_in(self.folder))
         self.step, self.begun = step, True
         if self.writes:
             with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
                 clear_folder(self.folder) if self.config.overwrite else recover_folder(self.folder / "best")
+            self._status("running")
             write_text(self.folder / "config.yaml", _yaml({self.config.section: asdict(self.config)}))
             _drop_later(self.folder / "metrics.jsonl", step, step - owes_look)
-            self._status("running")
             self.environment(**facts)
             if self.tensorboard:
                 self.board = _summary_writer(self.folder / "tensorboard", step + 1)
-                self.held.callback(self.board.close)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self.held:
-            if error is None:
-                self._status("finished", self.reason)
-            elif not self.begun and (self.config.overwrite or self._finished() or isinstance(error, InputError)):
-                return  # What is there, if anything, is of another start.
-            elif isinstance(error, KeyboardInterrupt | SystemExit):
-                self._status("preempted", str(error) or "interrupted")
-            else:
-                with contextlib.suppress(OSError, InputError):  # The disk may be full, which then is the error.
-                    self._status("failed", f"{type(error).__name__}: {error}")
+        if self.board is not None:
+            self.board.close()
+        if not self.begun:
+            if self.config.overwrite or self.finished is not None or isinstance(error, InputError):
+                return
+            self.step = self.earlier.get("step", 0)
+        if error is None:
+            self._status("finished", self.reason)
+        elif isinstance(error, KeyboardInterrupt | SystemExit):
+            self._status("preempted", str(error) or "interrupted")
+        else:
+            with contextlib.suppress(OSError, InputError):  # The disk may be full, which then is the error.
+                self._status("failed", f"{type(error).__name__}: {error}")
+
+    @property
+    def finished(self) -> int | None:
+        """Last update of this run where an earlier start has finished it."""
+        return self.earlier["step"] if self.earlier.get("state") == "finished" and not self.config.overwrite else None
 
     def environment(self, **facts: Any) -> None:
         """Write `environment.json`: versions, commit, machine, and `facts`, beside those told before, also by an earlier start."""
         if self.writes:
             file = self.folder / "environment.json"
-            before = json.loads(file.read_text()) if file.is_file() else {}
             record = {
                 "packages": _versions(),
                 "commit": _commit(),
                 "python": platform.python_version(),
                 "machine": platform.machine(),
             }
-            write_text(file, json.dumps(before | record | facts, indent=2) + "\n")
+            write_text(file, json.dumps(_read(file) | record | facts, indent=2) + "\n")
 
     def log(self, step: int, **numbers: float | None) -> None:
         """One line of `metrics.jsonl` (null for what is not finite), and a point on each curve."""
@@ -109,15 +113,18 @@ class RunRecord:
             pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
             self.board.add_image(name, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
 
-    def _finished(self) -> bool:
-        """Whether an earlier start has finished this run."""
-        file = self.folder / "status.json"
-        return file.is_file() and json.loads(file.read_text())["state"] == "finished"
-
     def _status(self, state: str, reason: str = "") -> None:
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "status.json", json.dumps({"state": state, "step": self.step, "reason": reason}) + "\n")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON file that is there and whole; else nothing."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _summary_writer(folder: Path, first: int) -> Any:

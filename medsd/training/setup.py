@@ -13,8 +13,9 @@ import torch
 
 from medsd.data.transforms import TrainingOrder, TrainingRows, training_loader
 from medsd.errors import InputError
+from medsd.output import check_output, check_writable, unfinished
 from medsd.randomness import Part, Randomness, normal
-from medsd.runtime import LONGEST_WAIT, check_output, check_writable, to_device, unfinished, use_all_cores
+from medsd.runtime import LONGEST_WAIT, to_device, use_all_cores
 from medsd.training.best import NO_LOOK
 from medsd.training.checkpoint import check_same, checkpoints, find_checkpoint, read_record, read_tensors
 from medsd.training.sharding import Mirror, alike, configure
