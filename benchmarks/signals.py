@@ -36,7 +36,7 @@ RECIPE = HOME / "recipes" / "finetune_unet.py"
 KINDS = tuple(product((1, 2), ("launcher", "child")))
 UPDATES, LATEST = 40, 30
 """Of a run, and the last one after which a signal comes."""
-RUN = {"max_train_steps": UPDATES, "gradient_accumulation_steps": 4, "checkpointing_steps": 15, "validation_steps": 20}
+RUN = {"max_train_steps": UPDATES, "gradient_accumulation_steps": 4, "checkpointing_steps": 15, "validation_steps": 20, "logging_steps": 1}
 PATIENCE, LONGEST = 5.0, 60.0
 """Seconds in which all processes have to end, and after which they are killed."""
 MOST_LATER = 2
