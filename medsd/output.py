@@ -37,8 +37,8 @@ def check_output(folder: Path, overwrite: bool, inputs: Sequence[str | Path | No
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
-        hint = ", or go on with --resume_from_checkpoint latest" if any(folder.glob("checkpoint-*")) else ""
-        raise InputError(f"{folder} is not empty: choose another --output_dir or add --overwrite{hint}")
+        hint = "go on with --resume_from_checkpoint latest, " if any(folder.glob("checkpoint-*")) else ""
+        raise InputError(f"{folder} is not empty: {hint}choose another --output_dir or add --overwrite")
     if not any((folder / mark).exists() for mark in MARKS):
         raise InputError(f"{folder} is not the folder of one run of medsd, so --overwrite leaves it alone: choose another --output_dir")
     for mark, (what, owner) in COSTLY.items():

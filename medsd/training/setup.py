@@ -79,7 +79,8 @@ def choose_checkpoint(accelerator: Any, run: Path, wanted: str | None) -> Path |
         of_this_run = checkpoint is not None and checkpoint.parent.resolve() == run.resolve()
         if not of_this_run and (checkpoints(run) or not unfinished(run)):
             check_output(run, overwrite=False)
-        accelerator.print(f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {run}: starting anew")
+        if checkpoint is None:
+            accelerator.print(f"no checkpoint in {run}: starting anew")
     return checkpoint
 
 
@@ -135,6 +136,7 @@ def resume(
         return 0, False
     record = read_record(checkpoint)
     check_same(checkpoint, record["settings"], settings, allow_change)
+    accelerator.print(f"going on from {checkpoint}")
     state.restore(partial(read_tensors, checkpoint), record["state"])
     if record["settings"]["best_metric"] != settings["best_metric"]:
         state.memory["best"].copy_(NO_LOOK)
