@@ -33,6 +33,16 @@ def signals_of_a_terminal():
         signal.signal(number, handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_previews():
+    """Two steps instead of twenty: no test looks at more of these pictures than their size, and runs have many."""
+    from medsd.training import preview
+
+    steps, preview.PREVIEW_STEPS = preview.PREVIEW_STEPS, 2
+    yield
+    preview.PREVIEW_STEPS = steps
+
+
 @pytest.fixture(scope="session")
 def phantom_data(tmp_path_factory):
     """A prepared phantom: 30 patients, 32 px."""
