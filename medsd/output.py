@@ -66,7 +66,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     By a lock on a hidden file beside it, since a network disk keeps locks on folders to each machine. A disk that knows no locks at all
     goes without.
     """
-    file = folder.resolve().with_name(f".{folder.resolve().name}.lock")
+    file = folder.resolve().parent / f".{folder.resolve().name}.lock"
     handle = None
     with contextlib.suppress(OSError):
         handle = _lock(file)
@@ -85,8 +85,6 @@ def _lock(file: Path) -> int:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):  # The one before may have removed it meanwhile.
-                return handle
         except BlockingIOError:
             os.close(handle)
             folder = file.with_name(file.name[1 : -len(".lock")])
@@ -94,6 +92,9 @@ def _lock(file: Path) -> int:
         except OSError:
             os.close(handle)
             raise
+        with contextlib.suppress(FileNotFoundError):  # The one before may have removed it meanwhile.
+            if os.path.samestat(os.fstat(handle), file.stat()):
+                return handle
         os.close(handle)
 
 

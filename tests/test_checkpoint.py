@@ -1,5 +1,6 @@
 """Checkpoints: whole or noticed, atomic, pruned after success, of the same settings, and without pickle."""
 
+import fcntl
 import json
 import os
 import pickle
@@ -263,6 +264,24 @@ def test_two_runs_in_one_folder_are_refused(phantom_data, run, tmp_path, flags):
     with alone_in(tmp_path / "new"), pytest.raises(InputError, match="another run is writing to .*new: wait"):
         train(phantom_data, tmp_path / "new")
     assert {path.name for path in tmp_path.iterdir()} == {"unet"}
+
+
+def test_a_lock_that_is_removed_while_it_is_waited_for_does_not_count(tmp_path, monkeypatch):
+    """The one before has ended between the opening of its file and the locking."""
+    real, calls = fcntl.flock, []
+
+    def late(handle, kind):
+        if not calls:
+            (tmp_path / ".unet.lock").unlink()
+        calls.append(handle)
+        real(handle, kind)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with alone_in(tmp_path / "unet"):
+        assert len(calls) == 2
+        with pytest.raises(InputError, match="another run is writing to"), alone_in(tmp_path / "unet"):
+            raise AssertionError("it was let in")
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_overwrite_that_is_cut_off_can_be_done_again(run, tmp_path, monkeypatch):
