@@ -83,14 +83,14 @@ def test_a_folder_in_half_precision_is_fine_tuned_in_full(stable_diffusion, phan
     assert quiet(tmp_path / "variant").unet.dtype == torch.float32
     (tmp_path / "variant" / "config.json").write_text("{}")  # As some repositories on the Hub have beside the index.
     assert quiet(tmp_path / "variant").unet.dtype == torch.float32
-    run = train(phantom_data, tmp_path / "unet", pretrained_model_name_or_path=str(tmp_path / "half"), validation_steps=0)
+    run = train(phantom_data, tmp_path / "unet", pretrained_model_name_or_path=str(tmp_path / "half"))
     assert quiet(run)(class_name="epidural", num_inference_steps=2, output_type="np").images.shape[0] == 1
 
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_single_file_is_fine_tuned(stable_diffusion, phantom_data, tmp_path, rank):
     base = {"pretrained_model_name_or_path": str(stable_diffusion), "rank": rank}
-    run = train(phantom_data, tmp_path / "unet", **base, validation_steps=0)
+    run = train(phantom_data, tmp_path / "unet", **base)
     assert quiet(run).class_names and "<epidural>" in quiet(run).tokenizer.get_vocab()
     assert json.loads((run / "medsd.json").read_text())["reads_prompts"]
     if rank:

@@ -118,3 +118,18 @@ def test_a_terminated_run_saves_and_leaves_nobody_behind(phantom_data, tmp_path,
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "preempted" and status["reason"].startswith("SIGTERM: checkpoint-")
     assert 0 <= status["step"] - logged <= 2 and (folder / f"checkpoint-{status['step']}").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("processes", "recipe", "flags", "message"),
+    [
+        (2, "finetune_unet", ["--auto_batch_size"], "--auto_batch_size is for one process"),
+        ("fsdp2", "finetune_vae", [], "an autoencoder fits one GPU"),
+    ],
+)
+def test_a_launch_that_does_not_fit_is_refused(phantom_data, tmp_path, processes, recipe, flags, message):
+    command = words(processes, tmp_path / "run", phantom_data, *flags)
+    command[command.index("recipes/finetune_unet.py")] = f"recipes/{recipe}.py"
+    answer = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert answer.returncode == 1 and f"error: {message}" in answer.stderr.replace("a launch as FSDP: ", "")
+    assert not (tmp_path / "run").exists()

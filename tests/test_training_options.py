@@ -161,8 +161,6 @@ def test_other_noise_is_another_setting(phantom_data):
 @pytest.mark.parametrize(
     ("kind", "flags", "message"),
     [
-        ("MULTI_CPU", {"auto_batch_size": True}, "--auto_batch_size is for one process"),
-        ("FSDP", {"may_shard": False}, "a launch as FSDP: an autoencoder fits one GPU"),
         ("FSDP", {"version": 1}, "fsdp2.yaml has version 2"),
         ("FSDP", {"mixed_precision": "fp16"}, "--mixed_precision bf16 or no"),
         ("DEEPSPEED", {}, "a launch as DEEPSPEED is not known: .*zero2.yaml"),
@@ -172,6 +170,6 @@ def test_a_launch_that_does_not_fit_is_refused(kind, flags, message):
     launched = {"distributed_type": DistributedType[kind], "num_processes": 2, "mixed_precision": flags.get("mixed_precision", "no")}
     accelerator = SimpleNamespace(**launched, is_fsdp2=flags.get("version", 2) == 2)
     with pytest.raises(InputError, match=message):
-        check_launch(accelerator, flags.get("auto_batch_size", False), flags.get("may_shard", True))
+        check_launch(accelerator, False, may_shard=True)
     accelerator.distributed_type, accelerator.mixed_precision = DistributedType.MULTI_GPU, "no"
     check_launch(accelerator, False, may_shard=True)
