@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from medsd import MedSDPipeline, load_dataset, load_info
-from medsd.inference.likelihood import posterior
+from medsd.inference.likelihood import Scores, posterior
 
 PAIRS = 16
 
@@ -49,8 +49,8 @@ def shuffled(pipeline: str, dataset_name: str, limit: int) -> float:
     rows = load_dataset(dataset_name, "test")
     rows = rows.select(np.random.default_rng(0).permutation(len(rows))[:limit])
     output = pipe.classify(list(rows["image"]), mode="full", max_pairs=PAIRS)
-    dealt = np.random.default_rng(1).permuted(output.log_likelihoods, axis=1)
-    return roc_auc_score(np.asarray(rows["label"]), posterior(dealt, pipe.info.calibration), multi_class="ovr")
+    dealt = Scores(np.random.default_rng(1).permuted(output.scores.losses, axis=1), output.scores.places)
+    return roc_auc_score(np.asarray(rows["label"]), posterior(dealt, pipe.info.calibration).probabilities, multi_class="ovr")
 
 
 def main() -> None:

@@ -45,6 +45,17 @@ def to_device(value: Any, device: Any) -> Any:
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
+def start_processes() -> Any:
+    """An Accelerator for work that is shared out among processes, without training."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    use_all_cores(accelerator)
+    return accelerator
+
+
 def use_all_cores(accelerator: Any) -> None:
     """On a CPU, share the cores among the processes, unless OMP_NUM_THREADS says otherwise.
 

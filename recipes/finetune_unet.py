@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from medsd.data.dataset import DataInfo
     from medsd.inference.pipeline import MedSDPipeline
     from medsd.models.unet import PromptedUNet
+    from medsd.objectives.discriminative import Contrast
     from medsd.training.guard import Guard
     from medsd.training.latents import LatentSource
     from medsd.training.preview import HeldOut
+    from medsd.training.prompts import PromptTable
     from medsd.training.record import RunRecord
 
 
@@ -69,7 +71,7 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     folder, data = shlex.quote(str(output_dir)), shlex.quote(config.dataset_name)
     scores, images = (shlex.quote(str(output_dir.with_name(name))) for name in ("scores", "images"))
     commands = [f"python recipes/generate.py --pipeline {folder} --output_dir {images}"]
-    if len(info.class_names) > 1 and not info.multi_label and not label_channels(info.intensity_map, info.image_channels):
+    if len(info.class_names) > 1 and not label_channels(info.intensity_map, info.image_channels):
         commands.insert(0, f"python recipes/classify.py --pipeline {folder} --dataset_name {data} --output_dir {scores}")
     accelerator.print("next: " + "\n      ".join(commands))
 
@@ -90,7 +92,9 @@ def data_info(config: FinetuneUNetConfig) -> "DataInfo":
 def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeline":
     """The model to start from, on the CPU, with the data's classes, prompts and intensity map, and the resolution to train at."""
     from medsd.data.dataset import available_splits, load_dataset
+    from medsd.data.hypotheses import count_hypotheses
     from medsd.data.intensity import label_channels
+    from medsd.data.transforms import row_labels
     from medsd.models.autoencoders import save_memory
     from medsd.models.conditioning import tokenize
     from medsd.models.unet import enable_xformers
@@ -115,7 +119,7 @@ def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeli
         beta_schedule=config.beta_schedule,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr or None,
     )
-    adopt(pipe, info)
+    adopt(pipe, info, count_hypotheses(row_labels(rows["train"]), len(info.class_names)) if info.class_names else None)
     tokenize(pipe.tokenizer, prompts)
     masked = "mask" in rows["train"].column_names or label_channels(info.intensity_map, info.image_channels)
     if config.snr_gamma and pipe.learns_variance:
@@ -208,6 +212,23 @@ def build_network(config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: 
     return PromptedUNet(pipe.unet, pipe.text_encoder, tokenize(pipe.tokenizer, prompts).to(accelerator.device))
 
 
+def build_contrast(
+    config: FinetuneUNetConfig, accelerator: "Accelerator", pipe: "MedSDPipeline", rows: Any
+) -> "tuple[PromptTable, Contrast]":
+    """The prompts that the rows are trained on, and what stands against them."""
+    import torch
+
+    from medsd.objectives.discriminative import NoContrast, PairedContrast
+    from medsd.training.prompts import rival_prompts, row_prompts
+
+    table = row_prompts(rows, pipe.data)
+    if not config.discriminative_weight:
+        return table, NoContrast()
+    table, rivals = rival_prompts(rows, table, pipe.data, pipe.hypotheses)
+    steps = pipe.scheduler.config.num_train_timesteps
+    return table, PairedContrast(config.discriminative_weight, torch.from_numpy(rivals), steps, accelerator.device, accelerator.gather)
+
+
 def choices(config: FinetuneUNetConfig, pipe: "MedSDPipeline") -> dict[str, Any]:
     """What flags that may be left away come to."""
     return {
@@ -280,11 +301,10 @@ def train(
     from medsd.training.best import Best
     from medsd.training.loop import Cadence, Loop
     from medsd.training.preview import HeldOut
-    from medsd.training.prompts import row_prompts
     from medsd.training.record import AGAIN
     from medsd.training.setup import Optimisation, batches, frozen_hash, resume, start
 
-    table = row_prompts(rows, pipe.data)
+    table, contrast = build_contrast(config, accelerator, pipe, rows)
     network = build_network(config, accelerator, pipe, table.prompts)
     chosen = choices(config, pipe)
     settings = config.settings(accelerator.num_processes) | chosen | pipe.data.settings()
@@ -296,7 +316,7 @@ def train(
     held_out = HeldOut(pipe, config.dataset_name)
     best = Best(f"validation_{config.best_metric}", config.best_metric == "auroc", config.early_stopping)
     best.check(held_out.names)
-    state.memory |= {"timesteps": sampler.state, "best": best.state}
+    state.memory |= {"timesteps": sampler.state, "contrast": contrast.state, "best": best.state}
     done, owes_look = resume(accelerator, state, checkpoint, settings, config.allow_config_change)
     with_masks = config.lesion_weight != 1 and not config.cache_latents
     reader = TrainingRows(rows, table.numbers, with_masks, with_images=not config.cache_latents)
@@ -317,10 +337,13 @@ def train(
                 perturbation = draw_perturbation(latents, draws, config.input_perturbation)
                 timesteps, factors = sampler.sample(len(latents), draws)
                 prompts = drop_prompts(batch["prompts"], empty, config.proportion_empty_prompts, draws)
-                error = measure(unet, schedule, latents, noise, timesteps, prompts, element_loss, emphasis, perturbation)
-                error = weights[timesteps] * error
+                fixed = {"loss": element_loss, "emphasis": emphasis, "perturbation": perturbation}
+                error_of = partial(measure, unet, schedule, latents, noise, timesteps, **fixed)
+                own = error_of(condition=prompts)
+                error = weights[timesteps] * own
                 sampler.learn(timesteps, error.detach())
-                state.learn(accelerator, (factors * error).mean(), config.max_grad_norm)
+                loss = (factors * error).mean() + contrast(error_of, own, prompts, timesteps, draws)
+                state.learn(accelerator, loss, config.max_grad_norm)
 
     accelerator.wait_for_everyone()
     state.adopt_average()

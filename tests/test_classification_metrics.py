@@ -14,9 +14,10 @@ from medsd.evaluation.classification import (
     calibration_error,
     calibration_floor,
     classification_metrics,
-    patient_probabilities,
     risk_coverage_area,
+    risk_coverage_points,
 )
+from medsd.evaluation.groups import join_classes
 
 
 def scored_images(n: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -116,10 +117,21 @@ def test_the_floor_has_the_size_measured_for_two_classes():
 
 
 def test_patients_are_the_renormalised_mean_of_log_probabilities():
-    merged = patient_probabilities([[0.9, 0.1], [0.5, 0.5], [0.0, 1.0]], [1, 1, 0])
+    merged = join_classes(np.log([[0.9, 0.1], [0.5, 0.5], [1e-12, 1.0]]), np.array([1, 1, 0]))
     odds = np.sqrt(9)
     assert merged[1] == pytest.approx([odds / (1 + odds), 1 / (1 + odds)])
     assert merged[0] == pytest.approx([0, 1], abs=1e-9)
+
+
+def test_the_risk_coverage_curve_is_that_of_its_area():
+    confidence, wrong = np.random.default_rng(0).random(1000).round(2), np.random.default_rng(1).random(1000) < 0.2
+    points = risk_coverage_points(confidence, wrong)
+    assert [coverage for coverage, _ in points] == [tenth / 10 for tenth in range(1, 11)]
+    assert points[-1][1] == pytest.approx(wrong.mean())
+    area = risk_coverage_area(confidence, wrong, np.ones((1, 1000)))[0]
+    assert np.mean([risk for _, risk in points]) == pytest.approx(area, abs=0.01)
+    certain = risk_coverage_points([0.9, 0.8, 0.7, 0.6], [False, False, True, True])
+    assert [risk for _, risk in certain][4] == 0 and certain[-1][1] == 0.5
 
 
 def test_patient_statistics_are_those_of_the_merged_probabilities():
@@ -198,7 +210,7 @@ def test_the_names_are_those_of_the_contract():
     ]
     statistics += ["patient_auroc", "patient_accuracy", "auroc/c0", "auroc/c1"]
     intervals = [f"{name}_ci" for name in statistics]
-    assert set(found) == {"n", "ece_floor", "reasons", *statistics, *intervals}
+    assert set(found) == {"n", "ece_floor", "risk_coverage", "reasons", *statistics, *intervals}
 
 
 def test_an_absent_class_is_named_and_left_out_of_the_mean():

@@ -1,14 +1,35 @@
 """Likelihoods against Bayes' rule, where exact denoisers are known, and the race against the full plan."""
 
+import json
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from scipy.special import softmax as _softmax
 
 from medsd.errors import InputError
-from medsd.inference.likelihood import Calibration, fit_calibration, make_plan, posterior, score_classes
+from medsd.inference.calibration import (
+    Answers,
+    Belief,
+    Calibration,
+    Weighting,
+    assign_folds,
+    choose_weighting,
+    fit_calibration,
+    fit_temperature,
+)
+from medsd.inference.fitting import PILOT_BINS, fit_group_temperature, fit_proposal, race_risks
+from medsd.inference.likelihood import Scores, posterior, score_classes
+from medsd.inference.plan import Proposal, make_plan
+from medsd.inference.race import Decide, Settle, certified_level, replay
 
 DIMENSION = 6
+
+
+def softmax(logits):
+    return _softmax(logits, axis=1)
 
 
 class GaussianClasses:
@@ -86,14 +107,23 @@ def test_scores_do_not_depend_on_batch_or_neighbours():
     np.testing.assert_allclose(alone.log_likelihoods[0], together.log_likelihoods[2], rtol=1e-5)
 
 
+def scored(count=40, classes=3, pairs=64, spread=0.6):
+    """Images of `classes` Gaussian classes, `count` of each, and all their losses."""
+    scheduler = schedule()
+    world = GaussianClasses(scheduler, classes=classes, spread=spread)
+    latents = torch.cat([world.draw(count, label, seed=label) for label in range(classes)])
+    plan = make_plan(scheduler, pairs, tuple(latents.shape[1:]), seed=2)
+
+    def score(rule=None, belief=None, batch_size=1024):
+        return score_classes(world.predict, scheduler, latents, world.conditions, plan, rule, belief, batch_size)
+
+    return score, np.repeat(np.arange(classes), count)
+
+
 @pytest.mark.parametrize("delta", [0.05, 0.2])
 def test_decide_agrees_with_the_full_plan_and_costs_less(delta):
-    scheduler = schedule()
-    world = GaussianClasses(scheduler, classes=4, spread=0.6)
-    latents = torch.cat([world.draw(60, label, seed=label) for label in range(4)])
-    plan = make_plan(scheduler, 128, tuple(latents.shape[1:]), seed=2)
-    full = score_classes(world.predict, scheduler, latents, world.conditions, plan, batch_size=1024)
-    raced = score_classes(world.predict, scheduler, latents, world.conditions, plan, mode="decide", delta=delta, batch_size=1024)
+    score, _ = scored(count=60, classes=4, pairs=128)
+    full, raced = score(), score(Decide(certified_level(Calibration.none(4), delta, 128)))
     disagreement = (full.log_likelihoods.argmax(1) != raced.log_likelihoods.argmax(1)).mean()
     assert disagreement <= delta
     assert raced.rows.mean() < 0.8 * full.rows.mean()
@@ -102,33 +132,89 @@ def test_decide_agrees_with_the_full_plan_and_costs_less(delta):
 
 def test_decide_races_on_the_posterior():
     """A class that only wins through its bias or prior must not be dropped."""
-    scheduler = schedule()
-    world = GaussianClasses(scheduler, classes=3, spread=0.6)
-    latents = torch.cat([world.draw(40, label, seed=label) for label in range(3)])
-    plan = make_plan(scheduler, 64, tuple(latents.shape[1:]), seed=2)
-    full = score_classes(world.predict, scheduler, latents, world.conditions, plan, batch_size=1024)
+    score, _ = scored()
     calibration, prior = Calibration(2.0, (3.0, 0.0, -3.0)), np.array([0.1, 0.2, 0.7])
-    raced = score_classes(
-        world.predict, scheduler, latents, world.conditions, plan, "decide", calibration=calibration, prior=prior, batch_size=1024
-    )
-    answers = [posterior(scores.log_likelihoods, calibration, prior).argmax(1) for scores in (full, raced)]
+    full, raced = score(), score(Decide(certified_level(calibration, 0.05, 64)), Belief(calibration, prior))
+    answers = [posterior(scores, calibration, prior).logits.argmax(1) for scores in (full, raced)]
     assert (answers[0] != full.log_likelihoods.argmax(1)).mean() > 0.1
     assert (answers[0] != answers[1]).mean() <= 0.05 and raced.rows.mean() < full.rows.mean()
 
 
+def test_near_ties_within_eta_end_the_race():
+    losses = np.zeros((1, 2, 64)) + np.array([0.0, 0.04])[None, :, None] + np.random.default_rng(0).normal(size=(1, 1, 64))
+    losses[:, 1] += np.random.default_rng(1).normal(size=64) * 0.05
+    belief, places = Belief(Calibration.none(2)), np.linspace(0, 1, 64, endpoint=False)
+    wide, narrow = (np.isfinite(replay(losses, places, Decide(1e-4, eta), belief)).sum() for eta in (0.3, 0.0))
+    assert wide < narrow
+
+
+def test_votes_are_never_counted_among_survivors():
+    """A pair's vote is for the best of all classes; with some of them gone it would be another's."""
+    score, labels = scored(classes=4)
+    calibration = Calibration(0.2, (0.0,) * 4, vote=True)
+    rule = Decide(certified_level(calibration, 0.05, 64), together=True)
+    full, raced = score(), score(rule, Belief(calibration))
+    assert (raced.pairs == raced.pairs[:, :1]).all() and raced.rows.mean() < full.rows.mean()
+    votes = (full.losses.argmin(1)[:, None] == np.arange(4)[None, :, None]).mean(2)
+    np.testing.assert_allclose(-posterior(full, calibration).logits * 0.2, votes.max(1, keepdims=True) - votes, atol=1e-6)
+
+
+def test_a_replayed_race_is_the_race():
+    score, _ = scored()
+    belief, rule = Belief(Calibration(1.5, (0.2, 0.0, -0.2))), Decide(0.01)
+    full, raced = score(), score(rule, belief)
+    np.testing.assert_array_equal(replay(full.losses, full.places, rule, belief), raced.losses)
+
+
 def test_posterior_mode_gives_nearly_the_full_probabilities():
-    scheduler = schedule()
-    world = GaussianClasses(scheduler, classes=3, spread=0.6)
-    latents = torch.cat([world.draw(40, label, seed=label) for label in range(3)])
-    plan = make_plan(scheduler, 256, tuple(latents.shape[1:]), seed=2)
-    full = score_classes(world.predict, scheduler, latents, world.conditions, plan, batch_size=1024)
-    calibration = fit_calibration(full.log_likelihoods, np.repeat([0, 1, 2], 40))
-    stopped = score_classes(
-        world.predict, scheduler, latents, world.conditions, plan, "posterior", calibration=calibration, batch_size=1024
-    )
-    difference = np.abs(posterior(stopped.log_likelihoods, calibration) - posterior(full.log_likelihoods, calibration))
+    score, labels = scored(pairs=256)
+    full = score()
+    calibration = fit_calibration(full.log_likelihoods, labels)
+    stopped = score(Settle(), Belief(calibration))
+    difference = np.abs(posterior(stopped, calibration).probabilities - posterior(full, calibration).probabilities)
     assert difference.mean() < 0.02
     assert stopped.rows.mean() < full.rows.mean()
+
+
+def test_risks_bound_what_the_race_does_on_other_images():
+    """Certified on some images, at the level that is chosen, the race errs on others as seldom as promised."""
+    score, labels = scored(count=200)
+    full = score()
+    calibration = fit_calibration(full.log_likelihoods, labels)
+    belief, ours = Belief(calibration), np.arange(len(labels)) % 2 == 0
+    calibration = replace(calibration, pairs=64, risks=race_risks(full.losses[ours], full.places, belief))
+    level = certified_level(calibration, 0.05, 64)
+    assert level > certified_level(replace(calibration, risks=()), 0.05, 64)
+    assert certified_level(calibration, 0.05, 32) < level, "what was measured holds for plans of that many pairs alone"
+    answers = posterior(Scores(replay(full.losses[~ours], full.places, Decide(level), belief), full.places), calibration)
+    logits = posterior(Scores(full.losses[~ours], full.places), calibration).logits
+    chosen = logits[np.arange(len(logits)), answers.logits.argmax(1)]
+    assert (logits.max(1) - chosen > Decide(level).eta).mean() <= 0.05
+
+
+def test_uncertainty_that_rows_would_remove_is_averaged_over():
+    score, _ = scored(pairs=64)
+    full = score()
+    few = Scores(np.where(np.arange(64) < 4, full.losses, np.nan), full.places)
+    calibration = Calibration(1.0, (0.0,) * 3)
+    sharp = np.exp(posterior(few, calibration).logits)
+    sharp /= sharp.sum(1, keepdims=True)
+    averaged = posterior(few, calibration)
+    assert averaged.probabilities.max(1).mean() < sharp.max(1).mean() - 0.01
+    np.testing.assert_allclose(posterior(full, calibration).probabilities.sum(1), 1)
+    exact = np.exp(posterior(full, calibration).logits)
+    np.testing.assert_allclose(posterior(full, calibration).probabilities, exact / exact.sum(1, keepdims=True), atol=1e-9)
+
+
+def test_p_flip_is_how_often_endless_pairs_answer_otherwise():
+    score, _ = scored(pairs=1024, count=60)
+    endless = score()
+    few = Scores(np.where(np.arange(1024) < 16, endless.losses, np.nan), endless.places)
+    said = posterior(few)
+    flipped = said.logits.argmax(1) != endless.log_likelihoods.argmax(1)
+    assert 0.6 * flipped.mean() < said.p_flip.mean() < 3 * flipped.mean()
+    likely = said.p_flip > np.median(said.p_flip)
+    assert flipped[likely].sum() > 3 * flipped[~likely].sum()
 
 
 def test_every_prefix_of_a_plan_is_spread_over_the_timesteps():
@@ -138,9 +224,30 @@ def test_every_prefix_of_a_plan_is_spread_over_the_timesteps():
         assert bins.max() <= 2 and (bins == 0).sum() <= 1
 
 
+PROPOSAL = Proposal((0.4, 0.3, 0.2, 0.1), (True, False, True, False))
+
+
+def test_a_proposal_moves_the_pairs_and_not_the_score():
+    """Pairs follow the density, and the mean of weight x f(t) stays that of uniform timesteps."""
+    plain, moved = (make_plan(schedule(), 4096, (1, 1, 1), proposal=proposal) for proposal in (None, PROPOSAL))
+    shares = torch.bincount(moved.timesteps * 4 // 1000, minlength=4) / 4096
+    np.testing.assert_allclose(shares, PROPOSAL.density, atol=0.01)
+    means = [(plan.weights * (plan.timesteps / 1000) ** 2).mean() for plan in (plain, moved)]
+    assert means[1] == pytest.approx(means[0].item(), rel=0.01)
+
+
+def test_antithetic_pairs_share_a_timestep_with_opposite_noise():
+    plan = make_plan(schedule(), 64, (1, 2, 2), proposal=PROPOSAL)
+    opposite = [(plan.noise[i] == -plan.noise[i + 1]).all().item() for i in range(63)]
+    inside = (plan.places * 4).long()
+    assert sum(opposite[i] for i in range(63) if inside[i] in (0, 2)) > 15
+    assert not any(opposite[i] for i in range(63) if inside[i] in (1, 3))
+    assert all(plan.timesteps[i] == plan.timesteps[i + 1] for i in range(63) if opposite[i])
+
+
 def test_a_plan_is_keyed_by_seed_and_pair():
     short, long = make_plan(schedule(), 8, (1, 2, 2), seed=5), make_plan(schedule(), 16, (1, 2, 2), seed=5)
-    assert torch.equal(short.noise, long.noise[:8])
+    assert torch.equal(short.noise, long.noise[:8]) and torch.equal(short.timesteps, long.timesteps[:8])
     assert not torch.equal(short.noise, make_plan(schedule(), 8, (1, 2, 2), seed=6).noise)
 
 
@@ -152,21 +259,82 @@ def test_a_plan_leaves_out_timesteps_without_signal():
 def test_calibration_recovers_temperature_and_bias():
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(4000, 3)) * 2
-    truth = posterior(logits + np.array([0.5, 0.0, -0.5]))
+    truth = softmax(logits + np.array([0.5, 0.0, -0.5]))
     labels = np.array([generator.choice(3, p=row) for row in truth])
-    fitted = fit_calibration(logits * 50, labels, ridge=0.0)
+    fitted = Calibration(*fit_temperature(logits * 50, Answers.of_classes(labels, 3), ridge=0.0))
     counts = np.bincount(labels) / len(labels)
-    recovered = posterior(logits * 50, fitted, prior=counts)
+    recovered = softmax(-Belief(fitted, counts).nats(-(logits * 50)[..., None], np.zeros(1))[..., 0])
     assert fitted.temperature == pytest.approx(50, rel=0.1)
     assert np.abs(recovered - truth).mean() < 0.03
 
 
 def test_prior_and_bias_shift_the_posterior():
-    scores = np.zeros((1, 2))
-    np.testing.assert_allclose(posterior(scores, prior=np.array([0.9, 0.1])), [[0.9, 0.1]])
-    np.testing.assert_allclose(posterior(scores, Calibration(1.0, (np.log(3.0), 0.0))), [[0.75, 0.25]])
+    scores = Scores(np.zeros((1, 2, 4)), np.zeros(4))
+    np.testing.assert_allclose(posterior(scores, prior=np.array([0.9, 0.1])).probabilities, [[0.9, 0.1]])
+    np.testing.assert_allclose(posterior(scores, Calibration(1.0, (np.log(3.0), 0.0))).probabilities, [[0.75, 0.25]])
 
 
 def test_calibration_needs_every_class():
     with pytest.raises(InputError, match="class number 1"):
         fit_calibration(np.zeros((3, 2)), np.zeros(3, dtype=int))
+
+
+def informative_stretch(informative, images=300, pairs=64):
+    """Losses of two classes that tell them apart only where a pair's place is within `informative`."""
+    generator = np.random.default_rng(0)
+    places, labels = (np.arange(pairs) + 0.5) / pairs, generator.integers(0, 2, images)
+    losses = generator.normal(size=(images, 2, pairs))
+    told = (places >= informative[0]) & (places < informative[1])
+    losses[np.arange(images), 1 - labels] += 0.5 * told
+    return losses, places, labels
+
+
+def test_weights_are_taken_where_they_win_and_nowhere_else():
+    candidates = {"uniform": Weighting(), "fitted": Weighting(fitted=True)}
+    losses, places, labels = informative_stretch((0.25, 0.5))
+    name, report = choose_weighting(candidates, losses, places, Answers.of_classes(labels, 2))
+    assert name == "fitted" and report["fitted"]["gain"] > report["fitted"]["standard_error"] > 0
+    weights = np.array(candidates[name].fit(losses, places, Answers.of_classes(labels, 2)).weights)
+    assert weights[2:4].min() > 1.5 * np.delete(weights, [2, 3]).max()
+    losses, places, labels = informative_stretch((0.0, 1.0))
+    assert choose_weighting(candidates, losses, places, Answers.of_classes(labels, 2))[0] == "uniform"
+
+
+def test_folds_keep_groups_together_and_deal_classes_out():
+    labels, groups = np.repeat([0, 1], 50), np.repeat(np.arange(20), 5)
+    folds = assign_folds(labels, groups)
+    assert all(len(set(folds[groups == group])) == 1 for group in range(20))
+    assert all((folds[labels == label] == fold).sum() == 10 for label in (0, 1) for fold in range(5))
+
+
+def pilot_losses(sizes, cancelled):
+    """Losses of a pilot: classes differ by `sizes` `(B,)`, and opposite noises cancel where `cancelled` `(B,)`."""
+    generator = np.random.default_rng(0)
+    noise = generator.normal(size=(60, 3, PILOT_BINS, 2))
+    other = np.where(
+        np.array(cancelled)[:, None], -0.8 * noise + 0.6 * generator.normal(size=noise.shape), generator.normal(size=noise.shape)
+    )
+    return (np.stack([noise, other], -1) * np.array(sizes)[:, None, None]).reshape(60, 3, -1).astype(np.float32)
+
+
+def test_a_proposal_looks_where_classes_differ_and_pairs_noise_where_it_cancels():
+    sizes, cancelled = np.linspace(4, 1, PILOT_BINS), np.arange(PILOT_BINS) < 10
+    proposal = fit_proposal(pilot_losses(sizes, cancelled))
+    expected = 0.9 * sizes / sizes.sum() + 0.1 / PILOT_BINS
+    np.testing.assert_allclose(proposal.density, expected, rtol=0.3)
+    assert all(proposal.antithetic[:8]) and not any(proposal.antithetic[12:])
+
+
+def test_a_calibration_survives_json():
+    made = Calibration(2.0, (0.1, -0.1), (0.5, 1.5), True, "elbo", PROPOSAL, 64, ((0.01, 0.02),), "bf16", 3.0, {"weighting": "vote"})
+    assert Calibration.from_dict(json.loads(json.dumps(asdict(made)))) == made
+
+
+def test_images_of_a_group_that_are_copies_count_as_one():
+    generator = np.random.default_rng(0)
+    labels, logits = generator.integers(0, 2, 400), generator.normal(size=(400, 2))
+    logits[np.arange(400), labels] += 1.0
+    group_of = np.repeat(np.arange(400), 5)
+    assert fit_group_temperature(logits[group_of], group_of, labels) == pytest.approx(
+        5 * fit_group_temperature(logits, np.arange(400), labels), rel=0.01
+    )

@@ -319,7 +319,7 @@ def test_a_used_folder_a_missing_part_and_an_unfinished_run_are_refused(phantom_
 
 
 def test_a_failed_run_says_so(phantom_data, tmp_path, monkeypatch):
-    def broken(*arguments):
+    def broken(*arguments, **options):
         raise RuntimeError("no more")
 
     monkeypatch.setattr("medsd.objectives.diffusion.denoising_error", broken)
@@ -385,15 +385,29 @@ def test_findings_and_facts_are_trained_on_and_drawn_by_finding(findings_data, t
     assert source.min() >= 0 and source.max() <= 90
 
 
-def test_sets_of_findings_are_not_scored_yet(findings_data, phantom_data, run, tmp_path):
-    pipe = MedSDPipeline.from_pretrained(train(findings_data, tmp_path / "unet", validation_steps=0))
-    image = load_dataset(phantom_data, "test")[0]["image"]
-    with pytest.raises(InputError, match="generate images by finding"):
-        pipe.classify([image])
-    assert pipe.classify([image], prompts=pipe.data.prompts, mode="full", max_pairs=2).probabilities.shape == (1, 6)
-    for pipeline, data in ((tmp_path / "unet", phantom_data), (run, findings_data)):
-        with pytest.raises(InputError, match="--multi_label"):
-            classify.main(ClassifyConfig(pipeline=str(pipeline), dataset_name=str(data), output_dir=str(tmp_path / "scores")))
+def test_sets_of_findings_are_scored(findings_data, phantom_data, run, tmp_path):
+    """Hypotheses are the sets seen in training; a finding's probability is the sum over the sets that hold it."""
+    folder = train(findings_data, tmp_path / "unet", validation_steps=0)
+    config = ClassifyConfig(
+        pipeline=str(folder), dataset_name=str(findings_data), output_dir=str(tmp_path / "scores"), max_pairs=4, group_by="patient"
+    )
+    classify.main(config)
+    pipe, metrics = MedSDPipeline.from_pretrained(folder), json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    shown = np.array(load_dataset(findings_data, "train")["labels"])
+    assert set(pipe.hypotheses.sets) == {tuple(np.flatnonzero(row)) for row in shown} and sum(pipe.hypotheses.counts) == len(shown)
+    assert 0 <= metrics["auroc"] <= 1 and metrics["auroc/epidural"] is not None and "patient_auroc" in metrics
+    table = pyarrow.parquet.read_table(tmp_path / "scores" / "likelihoods.parquet")
+    rows = load_dataset(findings_data, "test")
+    images = {row["key"]: (row["image"], row["intensity_range"]) for row in rows}
+    key = table["key"][0].as_py()
+    output = pipe.classify([images[key][0]], max_pairs=4, ranges=np.array([images[key][1]]))
+    holds = pipe.hypotheses.membership(6)
+    np.testing.assert_allclose(output.probabilities[0], output.posterior.probabilities[0] @ holds)
+    np.testing.assert_array_equal([table[f"prob/{name}"][0].as_py() for name in pipe.class_names], output.probabilities[0])
+    assert output.predictions[0] == table["prediction"][0].as_py()
+    for pipeline, data, scores in ((folder, phantom_data, "single"), (run, findings_data, "sets")):
+        classify.main(replace(config, pipeline=str(pipeline), dataset_name=str(data), output_dir=str(tmp_path / scores)))
+        assert json.loads((tmp_path / scores / "metrics.json").read_text())["n"] > 0
 
 
 def test_every_row_is_trained_on_its_own_prompt_and_range(findings_data, tmp_path, monkeypatch):
@@ -466,7 +480,8 @@ def test_scores_use_the_recorded_range_of_each_image(phantom_data, findings_data
     )
     classify.main(ClassifyConfig(pipeline=str(folder), dataset_name=str(data), output_dir=str(tmp_path / "scores"), max_pairs=2))
     for ranges, split in zip(passed, ("validation", "test"), strict=True):
-        np.testing.assert_array_equal(ranges, recorded_ranges(load_dataset(data, split)))
+        rows = load_dataset(data, split)
+        np.testing.assert_array_equal(ranges, recorded_ranges(rows.select(np.argsort(rows["key"]))))
 
 
 def test_a_long_prompt_is_read_by_a_preset_and_refused_by_a_pretrained_model(phantom_data, run, tmp_path):

@@ -56,6 +56,8 @@ class FinetuneUNetConfig(FinetuneConfig):
     snr_gamma: float | None = None
     """Min-SNR-gamma loss weights (Hang et al., 2023); 0 for none. Default: 20 from a preset, none for a pretrained model, with
     learned_variance and with rescale_betas_zero_snr (where the signal is gone, the weight is 0, and nothing is learnt)."""
+    discriminative_weight: float = 0.0
+    """Weight of a term that an image's own class explains it better than another on the same noise; it doubles the cost of a step."""
     proportion_empty_prompts: float = 0.1
     """Share of training images whose prompt is dropped, so that guidance works."""
     class_sampling: Literal["natural", "balanced", "sqrt"] = "natural"
@@ -91,6 +93,9 @@ class FinetuneUNetConfig(FinetuneConfig):
         for field in ("cache_latents", "enable_vae_slicing", "enable_vae_tiling"):
             if getattr(self, field) and self.vae is None and self.pretrained_model_name_or_path is None:
                 raise InputError(f"--{field} is for an autoencoder, and pixels have none: give --vae, or leave it away")
+        if self.discriminative_weight and (self.unconditional or self.learned_variance):
+            other = "--unconditional, which knows no classes" if self.unconditional else "--learned_variance, whose bound is another error"
+            raise InputError(f"--discriminative_weight does not go with {other}: leave one of them away")
         if self.loss_type != "huber" and (self.huber_schedule, self.huber_c) != ("snr", 0.1):
             raise InputError("--huber_schedule and --huber_c belong to --loss_type huber: give that, too")
         augmented = any(value not in {0, "none"} for value in self.augmentation().values())
@@ -98,7 +103,7 @@ class FinetuneUNetConfig(FinetuneConfig):
             raise InputError("--cache_latents keeps images as they are: drop the --random_* flags, or give --cached_augmentations 8")
         if self.cached_augmentations is not None and not (self.cache_latents and augmented):
             raise InputError("--cached_augmentations belongs to --cache_latents with --random_* flags: give these, too")
-        for field in ("noise_offset", "input_perturbation"):
+        for field in ("noise_offset", "input_perturbation", "discriminative_weight"):
             if getattr(self, field) < 0:
                 raise InputError(f"--{field} {getattr(self, field)}: 0 or more is expected")
         for field in ("huber_c", "lesion_weight"):

@@ -59,12 +59,23 @@ class ClassifyConfig(RecipeConfig):
     """Probability that a decision may differ from the one of all pairs."""
     calibrate: Literal["validation", "none"] = "validation"
     """Split that temperature and class bias are fitted on; none uses what the pipeline holds."""
-    prior: Literal["uniform", "train"] = "uniform"
-    """Class prior: equal, or the training split's frequencies."""
+    max_calibration: int = 2000
+    """Calibrate on at most this many images."""
+    prior: str = "uniform"
+    """Class prior: uniform, train (the training split's frequencies), or a YAML file of CLASS: PROBABILITY. Sets of findings have that of
+    their frequency in training."""
+    group_by: Literal["patient", "series"] | None = None
+    """Join the images of each patient or series: groups.parquet, patient_auroc and patient_accuracy."""
     max_samples: int | None = None
-    """Score at most this many images, and calibrate on at most this many."""
-    batch_size: int = 64
-    """Rows (image x class x pair) per UNet call."""
+    """Score at most this many images, the classes in proportion, and calibrate on at most this many."""
+    keys: tuple[str, ...] = ()
+    """Score only the images with these keys."""
+    label_map: tuple[str, ...] = ()
+    """Classes of the data that the pipeline knows by another name: THEIRS=OURS ..."""
+    evidence: bool = False
+    """Write where an image speaks for its class, for the images of --keys, else for the first ones."""
+    batch_size: int | None = None
+    """Rows (image x class x pair) per UNet call, rounded up to a multiple of 16. Default: 64 on a CPU, what fits a GPU's memory."""
     seed: int = 0
     """Seed of timesteps and noise."""
     overwrite: bool = False

@@ -47,11 +47,11 @@ def prompt_of(tokens: Sequence[str], template: str, facts: Mapping[str, str | No
     `"a head CT with <epidural> and <subdural>, 60-69 years, female"`; no finding is `"a head CT with no finding"`.
     """
     words = [_fact_words(name, (facts or {}).get(name)) for name in PROMPT_METADATA]
-    return ", ".join([template.replace("{label}", _listed(tokens)), *filter(None, words)])
+    return ", ".join([template.replace("{label}", listed(tokens)), *filter(None, words)])
 
 
-def _listed(tokens: Sequence[str]) -> str:
-    """`"a"`, `"a and b"`, `"a, b and c"`."""
+def listed(tokens: Sequence[str]) -> str:
+    """`"a"`, `"a and b"`, `"a, b and c"`; `NO_FINDING` for none."""
     if len(tokens) < 2:
         return tokens[0] if tokens else NO_FINDING
     return f"{', '.join(tokens[:-1])} and {tokens[-1]}"

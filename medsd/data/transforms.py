@@ -3,6 +3,7 @@
 The loader hands over source integers; intensity map, shrinking and augmentation run batched on the training device.
 """
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -149,11 +150,18 @@ def recorded_ranges(dataset: Any) -> np.ndarray | None:
     return _ranges(column(dataset, "intensity_range")) if "intensity_range" in dataset.column_names else None
 
 
-def row_classes(dataset: Any) -> np.ndarray:
-    """The class index of every row `(N,)`; where several of K findings can hold, the rarest that does, and K where none does."""
+def row_labels(dataset: Any) -> np.ndarray:
+    """The class index of every row `(N,)`, or its findings `(N, K)` of 0 and 1."""
     if "labels" not in dataset.column_names:
         return column(dataset, "label").to_numpy()
-    findings = _findings(column(dataset, "labels"))
+    return _findings(column(dataset, "labels"))
+
+
+def row_classes(dataset: Any) -> np.ndarray:
+    """The class index of every row `(N,)`; where several of K findings can hold, the rarest that does, and K where none does."""
+    findings = row_labels(dataset)
+    if findings.ndim == 1:
+        return findings
     counts = np.where(findings > 0, findings.sum(0), len(findings) + 1)
     return np.where(findings.any(1), counts.argmin(1), findings.shape[1])
 
@@ -208,6 +216,25 @@ def sample_rows(dataset: Any, limit: int | None, seed: int) -> Any:
     if limit is None or limit >= len(dataset):
         return dataset
     return dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:limit]))
+
+
+def stratified(labels: np.ndarray, keys: Sequence[str], limit: int | None, seed: int) -> np.ndarray:
+    """Places of all rows, or of `limit` rows with the classes in their proportions (one of each at least, as far as that goes), by key.
+
+    `labels` `(N,)` or `(N, K)` of findings. The choice depends on the keys and not on the rows' order.
+    """
+    drawn = [hashlib.sha256(f"{seed} {key}".encode()).digest() for key in keys]
+    if limit is None or limit >= len(keys):
+        return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=int)
+    strata = np.unique(labels, axis=0, return_inverse=True)[1].ravel()
+    counts = np.bincount(strata)
+    rank = np.empty(len(keys))
+    for stratum in range(len(counts)):
+        members = sorted(np.flatnonzero(strata == stratum), key=drawn.__getitem__)
+        # The first of each stratum come first, then all strata fill up alike.
+        rank[members] = np.arange(len(members)) / counts[stratum]
+    chosen = sorted(range(len(keys)), key=lambda place: (rank[place], drawn[place]))[:limit]
+    return np.array(sorted(chosen, key=keys.__getitem__), dtype=int)
 
 
 class TrainingRows:

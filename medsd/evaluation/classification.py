@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medsd.errors import InputError
+from medsd.evaluation.groups import join_classes
 
 Floats = NDArray[np.float64]
 
@@ -55,7 +56,7 @@ def classification_metrics(
         - `brier`: squared error summed over all K classes, in [0, 2] (Brier 1950); for two classes
           twice the one-class form.
         - `aurc`: area under the risk-coverage curve by top probability, lower is better (Geifman et
-          al., ICLR 2019).
+          al., ICLR 2019). `risk_coverage`: that curve, see `risk_coverage_points`.
         - `patient_accuracy`, `patient_auroc`: of the mean log-probability of a patient's images,
           renormalised; None where a patient has images of several classes.
         - `NAME_ci`: [low, high], the 2.5th and 97.5th percentiles over resamples. A resample that
@@ -74,14 +75,19 @@ def classification_metrics(
     bootstrap, floor = np.random.default_rng(seed).spawn(2)
 
     blocks = [
-        _statistics(probabilities, labels, class_names, patient_of, counts) for counts in _count_blocks(patient_of, resamples, bootstrap)
+        _statistics(probabilities, labels, class_names, patient_of, counts) for counts in count_blocks(patient_of, resamples, bootstrap)
     ]
     series = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
-    metrics: dict = {"n": len(labels), "ece_floor": calibration_floor(probabilities, floor)}
+    top, wrong = probabilities.max(1), probabilities.argmax(1) != labels
+    metrics: dict = {
+        "n": len(labels),
+        "ece_floor": calibration_floor(probabilities, floor),
+        "risk_coverage": risk_coverage_points(top, wrong),
+    }
     for name, values in series.items():
         metrics[name] = None if np.isnan(values[0]) else float(values[0])
-        metrics[f"{name}_ci"] = _interval(values) if patient_of.max() > 0 else None
+        metrics[f"{name}_ci"] = interval(values) if patient_of.max() > 0 else None
     return metrics | {"reasons": _reasons(metrics, list(series), labels, class_names, patient_of)}
 
 
@@ -118,6 +124,19 @@ def risk_coverage_area(confidence: ArrayLike, wrong: ArrayLike, weights: ArrayLi
     return (np.diff(covered) * risk[:, 1:]).sum(1) / covered[:, -1]
 
 
+def risk_coverage_points(confidence: ArrayLike, wrong: ArrayLike) -> list[list[float]]:
+    """[coverage, error rate] of the most confident tenth of the images, two tenths, ..., all: what refusing the others would bring.
+
+    `confidence` `(N,)`, `wrong` `(N,)` boolean. Images of equal confidence share their mean error.
+    """
+    confidence, wrong = np.asarray(confidence, np.float64), np.asarray(wrong, np.float64)
+    values, tied = np.unique(-confidence, return_inverse=True)
+    shared = (np.bincount(tied, wrong) / np.bincount(tied))[tied]
+    risks = np.cumsum(shared[np.argsort(-confidence, kind="stable")]) / np.arange(1, len(wrong) + 1)
+    kept = [max(1, round(len(wrong) * tenth / 10)) for tenth in range(1, 11)]
+    return [[tenth / 10, float(risks[count - 1])] for tenth, count in enumerate(kept, start=1)]
+
+
 def calibration_error(confidence: ArrayLike, right: ArrayLike, weights: ArrayLike) -> Floats:
     """Expected calibration error: gap of confidence and accuracy in a bin, averaged by the bins' weight.
 
@@ -145,20 +164,6 @@ def calibration_floor(probabilities: ArrayLike, generator: np.random.Generator) 
     return float(total / FLOOR_SIMULATIONS)
 
 
-def patient_probabilities(probabilities: ArrayLike, patient_of: ArrayLike) -> Floats:
-    """Class probabilities of P patients: the mean log-probability of each one's images, renormalised.
-
-    `probabilities` `(N, K)`, `patient_of` `(N,)` indices 0 ... P-1 -> `(P, K)`. The mean, not the sum:
-    neighbouring slices are nearly copies of each other, not independent evidence.
-    """
-    logs = np.log(np.clip(probabilities, SMALLEST_PROBABILITY, None))
-    sums = np.zeros((np.max(patient_of) + 1, logs.shape[1]))
-    np.add.at(sums, patient_of, logs)
-    means = sums / np.bincount(patient_of)[:, None]
-    joint = np.exp(means - means.max(1, keepdims=True))
-    return joint / joint.sum(1, keepdims=True)
-
-
 def _statistics(
     probabilities: Floats, labels: NDArray, class_names: Sequence[str], patient_of: NDArray, counts: Floats
 ) -> dict[str, Floats]:
@@ -172,7 +177,7 @@ def _statistics(
     areas = _per_class(auroc, probabilities, truth, weights)
     return {
         "accuracy": _mean(right, weights),
-        "balanced_accuracy": _mean_of_defined(recalls),
+        "balanced_accuracy": mean_of_defined(recalls),
         "auroc": _summary(areas),
         "average_precision": _summary(_per_class(average_precision, probabilities, truth, weights)),
         "ece": calibration_error(confidence, right, weights),
@@ -188,7 +193,7 @@ def _patient_statistics(probabilities: Floats, labels: NDArray, patient_of: NDAr
     if _patients_of_several_classes(labels, patient_of):
         missing = np.full(len(counts), np.nan)
         return {"patient_accuracy": missing, "patient_auroc": missing}
-    merged = patient_probabilities(probabilities, patient_of)
+    merged = join_classes(np.log(np.clip(probabilities, SMALLEST_PROBABILITY, None)), patient_of)
     label = np.empty(len(merged), int)
     label[patient_of] = labels
     truth = np.arange(merged.shape[1]) == label[:, None]
@@ -212,7 +217,7 @@ def _per_class(statistic: Callable[..., Floats], probabilities: Floats, truth: N
 
 def _summary(per_class: Floats) -> Floats:
     """One number for all classes, `(R, K)` -> `(R,)`: the second of two, else the mean of the defined."""
-    return per_class[:, 1] if per_class.shape[1] == 2 else _mean_of_defined(per_class)
+    return per_class[:, 1] if per_class.shape[1] == 2 else mean_of_defined(per_class)
 
 
 def _counts_above(scores: ArrayLike, positive: ArrayLike, weights: ArrayLike) -> tuple[Floats, Floats]:
@@ -245,7 +250,8 @@ def _mean(values: ArrayLike, weights: Floats) -> Floats:
     return weights @ np.asarray(values, np.float64) / weights.sum(1)
 
 
-def _mean_of_defined(values: Floats) -> Floats:
+def mean_of_defined(values: Floats) -> Floats:
+    """`(R, F)` -> `(R,)`, without what is NaN."""
     return _divide(np.nansum(values, axis=1), np.isfinite(values).sum(1))
 
 
@@ -254,7 +260,7 @@ def _divide(numerator: ArrayLike, denominator: ArrayLike, undefined: float = np.
     return np.divide(numerator, denominator, out=np.full(numerator.shape, undefined), where=denominator != 0)
 
 
-def _count_blocks(patient_of: NDArray, resamples: int, generator: np.random.Generator) -> Iterator[Floats]:
+def count_blocks(patient_of: NDArray, resamples: int, generator: np.random.Generator) -> Iterator[Floats]:
     """How often each patient counts, `(rows, P)` at a time: once each in the first row, then resamples."""
     patients = int(patient_of.max()) + 1
     yield np.ones((1, patients))
@@ -270,7 +276,7 @@ def _row_blocks(rows: int, columns: int) -> Iterator[int]:
         yield min(height, rows - start)
 
 
-def _interval(values: Floats) -> list[float] | None:
+def interval(values: Floats) -> list[float] | None:
     """The 95 % percentile interval of `values` `(1 + R,)`, of which the first is the statistic itself."""
     resampled = values[1:][np.isfinite(values[1:])]
     if np.isnan(values[0]) or len(resampled) < DEFINED_SHARE * (len(values) - 1):
@@ -288,7 +294,7 @@ def _reasons(
     """One sentence for every None among the statistics and their intervals."""
     undefined = _why_undefined(labels, class_names, patient_of)
     reasons = {name: undefined[name] for name in statistics if metrics[name] is None}
-    no_interval = _why_no_interval(patient_of)
+    no_interval = why_no_interval(patient_of)
     for name in statistics:
         if metrics[f"{name}_ci"] is None:
             reasons[f"{name}_ci"] = reasons.get(name, no_interval)
@@ -313,7 +319,8 @@ def _why_undefined(labels: NDArray, class_names: Sequence[str], patient_of: NDAr
     return reasons
 
 
-def _why_no_interval(patient_of: NDArray) -> str:
+def why_no_interval(patient_of: NDArray) -> str:
+    """One sentence for an interval that is None although its statistic is there."""
     if patient_of.max() == 0:
         return "Only one patient: an interval needs at least 2 to resample."
     return f"Too few patients have the class, or lack it: fewer than {DEFINED_SHARE:.0%} of the resamples hold both kinds."

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medsd.data.dataset import INFO_FILE, DataInfo
+from medsd.data.hypotheses import Hypotheses
 from medsd.errors import InputError
-from medsd.inference.likelihood import Calibration
+from medsd.inference.calibration import Calibration
 from medsd.output import write_text
 
 INDEX_FILE = "model_index.json"
@@ -46,6 +47,8 @@ class PipelineInfo:
     data: DataInfo | None = None
     """None for a foreign folder, which knows no classes."""
     codec: dict[str, Any] | None = None
+    hypotheses: Hypotheses | None = None
+    """What it chooses between, and how often each was seen in training."""
     calibration: Calibration | None = None
     base: Base | None = None
     own_vae: bool = False
@@ -69,11 +72,11 @@ def read_info(folder: Path) -> PipelineInfo:
         raise InputError(f"{path} is damaged: copy the folder again") from error
     if "codec" not in record:
         raise InputError(f"{folder} is a data folder, not a pipeline folder: name the folder that finetune_unet.py wrote")
-    calibration = record["calibration"]
     return PipelineInfo(
         data=DataInfo(**record["data"]) if record["data"] else None,
         codec=record["codec"],
-        calibration=Calibration(calibration["temperature"], tuple(calibration["bias"])) if calibration else None,
+        hypotheses=Hypotheses.from_dict(record["hypotheses"]) if record.get("hypotheses") else None,
+        calibration=Calibration.from_dict(record["calibration"]) if record["calibration"] else None,
         base=Base(**record["base"]) if record["base"] else None,
         own_vae=record["own_vae"],
         reads_prompts=record.get("reads_prompts", True),

@@ -28,6 +28,17 @@ def grid(images: torch.Tensor, side: int = 128) -> Image.Image:
     return sheet
 
 
+def overlay(unit: np.ndarray, values: np.ndarray, side: int = 256) -> Image.Image:
+    """An image `(C, H, W)` in `[-1, 1]`, in grey, under a map `(H, W)`: red where it is above 0, blue below, clear at 0."""
+    grey = (np.clip(unit.mean(0), -1, 1) + 1) / 2
+    strength = np.abs(values) / max(float(np.abs(values).max()), 1e-12)
+    colour = np.where((values > 0)[..., None], (1.0, 0.1, 0.1), (0.1, 0.3, 1.0))
+    mixed = (1 - strength[..., None]) * grey[..., None] + strength[..., None] * colour
+    zoom = max(1, side // len(values))
+    shown = Image.fromarray((mixed * 255).round().astype(np.uint8))
+    return shown.resize((shown.width * zoom, shown.height * zoom), Image.Resampling.NEAREST)
+
+
 def captioned(picture: Image.Image, lines: list[str]) -> Image.Image:
     """The picture under lines of text."""
     text = ImageDraw.Draw(picture)

@@ -21,10 +21,11 @@ from medsd.data.intensity import Range
 from medsd.data.prompts import class_words
 from medsd.errors import InputError
 from medsd.inference import folder as folders
+from medsd.inference.explaining import ExplainingMixin
 from medsd.inference.folder import PipelineInfo
 from medsd.inference.foreign import ForeignModel, check_local, is_foreign, load_foreign
 from medsd.inference.pictures import picture
-from medsd.inference.scoring import ENCODE_BATCH, ScoringMixin
+from medsd.inference.scoring import ENCODE_BATCH
 from medsd.models.autoencoders import load_vae
 from medsd.models.codec import Codec, PixelCodec, build_codec, codec_of, is_sd_shaped
 from medsd.models.conditioning import (
@@ -46,7 +47,7 @@ from medsd.output import partial_folder
 FOREIGN_DATA = {"intensity": Range(0.0, 255.0).to_dict(), "resize": "pad", "unit": "grey value", "fingerprint": ""}
 
 
-class MedSDPipeline(ScoringMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
+class MedSDPipeline(ExplainingMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
     """Text encoder, UNet, scheduler and codec, with what `medsd.json` records of classes and intensities.
 
     Args:
@@ -149,7 +150,10 @@ class MedSDPipeline(ScoringMixin, DiffusionPipeline, StableDiffusionLoraLoaderMi
         prompts = [self.maybe_convert_prompt(prompt, self.tokenizer) for prompt in prompts]
         return encode(self.text_encoder, tokenize(self.tokenizer, prompts).to(self._execution_device))
 
-    def _denoise(self, latents: torch.Tensor, condition: torch.Tensor, steps: int, guidance_scale: float, generator: Any) -> torch.Tensor:
+    def _denoise(
+        self, latents: torch.Tensor, condition: torch.Tensor, steps: int, guidance_scale: float, generator: Any, first: int = 0
+    ) -> torch.Tensor:
+        """From pure noise, or from latents noised to the step numbered `first`."""
         guided = guidance_scale != 1
         if guided:
             empty = self.encode_prompts([""]).expand_as(condition)
@@ -158,8 +162,8 @@ class MedSDPipeline(ScoringMixin, DiffusionPipeline, StableDiffusionLoraLoaderMi
             self.scheduler.register_to_config(variance_type=None)
         self.scheduler.set_timesteps(steps, device=latents.device)
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
-        latents = latents * self.scheduler.init_noise_sigma
-        for timestep in self.progress_bar(self.scheduler.timesteps):
+        latents = latents if first else latents * self.scheduler.init_noise_sigma
+        for timestep in self.progress_bar(self.scheduler.timesteps[first:]):
             doubled = torch.cat([latents, latents]) if guided else latents
             prediction = self.unet(self.scheduler.scale_model_input(doubled, timestep), timestep, condition).sample
             if guided:

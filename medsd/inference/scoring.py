@@ -1,6 +1,8 @@
-"""`MedSDPipeline` as a classifier: images -> latents -> class probabilities, and their calibration."""
+"""`MedSDPipeline` as a classifier: images -> latents -> losses -> class probabilities, and their calibration."""
 
+import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,34 +13,60 @@ from PIL import Image
 from medsd.data.dataset import DataInfo
 from medsd.data.files import pixels_of
 from medsd.data.geometry import fit_square
+from medsd.data.hypotheses import Hypotheses
 from medsd.data.intensity import label_channels
 from medsd.data.transforms import to_unit
 from medsd.errors import InputError
+from medsd.inference.calibration import Answers, Belief, Calibration
+from medsd.inference.fitting import fit
 from medsd.inference.folder import PipelineInfo
-from medsd.inference.likelihood import Calibration, fit_calibration, make_plan, posterior, score_classes
+from medsd.inference.likelihood import ROWS, Posterior, Scores, posterior, score_classes
+from medsd.inference.plan import Plan, make_plan
+from medsd.inference.race import Decide, Full, Rule, Settle, certified_level
 from medsd.models.codec import Codec
 
-ENCODE_BATCH = 32
+ENCODE_BATCH = 16
+MOST_ROWS = 1024
+FEW_NUMBERS = 256
+"""Of each tensor, in a fingerprint."""
+MODES = ("posterior", "decide", "full")
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class ClassifyOutput:
-    """Of N images and K classes."""
+    """Of N images, K classes and H hypotheses: the classes themselves, or sets of findings where several can hold."""
 
     predictions: list[str]
-    """Class names (prompts, where the folder has no classes)."""
+    """Class names (prompts, where the folder has no classes); of findings, those that hold, joined by `|`."""
     probabilities: np.ndarray
-    """`(N, K)`, rows sum to 1."""
+    """`(N, K)`; rows sum to 1, except of findings, each of which holds or not."""
     calibrated: bool
     """Whether a temperature and class bias stand behind the probabilities; without, they are far too sure."""
     log_likelihoods: np.ndarray
-    """`(N, K)` nats, up to a constant per image."""
+    """`(N, H)` nats, up to a constant per image."""
     standard_errors: np.ndarray
-    """`(N, K)` nats, of the difference to the leading class."""
+    """`(N, H)` nats, of the difference to the leading hypothesis."""
     pairs: np.ndarray
-    """`(N, K)` (timestep, noise) pairs spent."""
+    """`(N, H)` (timestep, noise) pairs spent."""
     rows: np.ndarray
     """`(N,)` UNet rows spent."""
+    p_flip: np.ndarray
+    """`(N,)` probability that endless pairs would put another hypothesis first: what more rows would settle."""
+    entropy: np.ndarray
+    """`(N,)` nats, of the hypotheses' probabilities: what they would not."""
+    hypotheses: list[str]
+    """H names."""
+    batch_size: int
+    """Rows of every call of the UNet; the bits of a score depend on it, on `precision` and on the device, and on nothing else."""
+    precision: str
+    """fp32, bf16 or fp16."""
+    scores: Scores
+    """Every pair's loss."""
+    posterior: Posterior
+    """Over the hypotheses."""
 
 
 class ScoringMixin:
@@ -50,6 +78,7 @@ class ScoringMixin:
     data: DataInfo
     class_names: list[str]
     noise_schedule: Any
+    _rows: int | None = None
 
     @torch.no_grad()
     def classify(
@@ -57,13 +86,14 @@ class ScoringMixin:
         images: Sequence[np.ndarray | Image.Image],
         prompts: Sequence[str] | None = None,
         mode: str = "posterior",
-        weighting: str = "uniform",
+        weighting: str | None = None,
         max_pairs: int = 64,
         delta: float = 0.05,
         prior: np.ndarray | None = None,
-        batch_size: int = 64,
         seed: int = 0,
-        progress: Callable[[int], None] = lambda rows: None,
+        precision: str | None = None,
+        batch_size: int | None = None,
+        progress: Progress = lambda rows: None,
         ranges: np.ndarray | None = None,
     ) -> ClassifyOutput:
         """Class probabilities of images by the Diffusion Classifier (Li et al., ICCV 2023).
@@ -71,60 +101,190 @@ class ScoringMixin:
         Args:
             images: arrays `(C, H, W)` in the source's unit (see `medsd.read_image`), or PIL images.
             prompts: one per class, instead of the pipeline's own classes.
-            mode, weighting, max_pairs, delta, batch_size, seed, progress: see `medsd.inference.likelihood`.
-            prior: class prior `(K,)`; default uniform.
+            mode: `full` scores every pair; `decide` stops at one class, which is another than that of all pairs with probability `delta`
+                at most (near-ties apart); `posterior` stops when probabilities are known well.
+            weighting: `uniform` or `elbo`, see `medsd.inference.plan`; default that of the calibration, else uniform.
+            max_pairs: pairs an image and class, at most.
+            prior: probability of each hypothesis before the image is seen, `(H,)`; default uniform, for findings their sets' frequency in
+                training.
+            seed: of timesteps and noise.
+            precision: fp32, bf16 or fp16; default what the calibration found as good as fp32, where the device has it.
+            batch_size: rows of each call of the UNet, rounded up to a multiple of 16; default `batch_rows`.
+            progress: called with the number of rows of each call.
             ranges: see `encode_images`.
 
-        Raises InputError for fewer than two classes, for findings that can hold together, or images that do not fit.
+        Raises InputError for fewer than two classes, or images that do not fit.
         """
-        if prompts is None and self.data.multi_label:
-            raise InputError(
-                "several findings can hold in one image, and such sets are not scored yet: give prompts=[...] that exclude "
-                "each other, or generate images by finding"
-            )
-        names, prompts = (self.class_names, self.data.prompts) if prompts is None else (list(prompts), list(prompts))
-        if len(prompts) < 2:
-            raise InputError(f"{len(prompts)} classes: classification needs two or more; give prompts=[...]")
-        calibration = self.info.calibration if names == self.class_names and weighting == "uniform" else None
+        hypotheses, texts = self._choices(prompts)
+        calibration = self.info.calibration if prompts is None or list(prompts) == self.data.prompts else None
+        calibration = calibration if calibration and weighting in {None, calibration.weighting} else None
+        if prior is None and prompts is None and self.data.multi_label:
+            prior = self.hypotheses.prior()
+        belief = Belief(calibration or Calibration.none(len(texts)), prior)
+        chosen = self._precision(precision, calibration)
+        calls = self.batch_rows(batch_size)
+        rule = choose_rule(mode, delta, belief.calibration, max_pairs)
         latents = self.encode_images(images, ranges)
-        plan = make_plan(self.noise_schedule, max_pairs, tuple(latents.shape[1:]), weighting, seed)
-        conditions = self.encode_prompts(prompts)
-        scores = score_classes(
-            self._predict, self.noise_schedule, latents, conditions, plan, mode, delta, calibration, prior, batch_size, progress
+        plan = self._plan(latents, max_pairs, weighting, seed, calibration)
+        scores = self._score(latents, self.encode_prompts(texts), plan, rule, belief, chosen, calls, progress)
+        believed = posterior(scores, belief.calibration, prior)
+        findings = prompts is None and self.data.multi_label
+        probabilities = believed.probabilities @ self.hypotheses.membership(len(self.class_names)) if findings else believed.probabilities
+        predictions = self._findings(probabilities) if findings else [hypotheses[index] for index in believed.probabilities.argmax(1)]
+        return ClassifyOutput(
+            predictions,
+            probabilities,
+            calibration is not None,
+            scores.log_likelihoods,
+            scores.standard_errors,
+            scores.pairs,
+            scores.rows,
+            believed.p_flip,
+            believed.entropy,
+            hypotheses,
+            calls,
+            chosen,
+            scores,
+            believed,
         )
-        probabilities = posterior(scores.log_likelihoods, calibration, prior)
-        predictions = [names[index] for index in probabilities.argmax(1)]
-        return ClassifyOutput(predictions, probabilities, calibration is not None, **vars(scores), rows=scores.rows)
+
+    @property
+    def hypotheses(self) -> Hypotheses:
+        """What the pipeline chooses between; of findings without a record of training, none of them and each alone."""
+        classes = range(len(self.class_names))
+        alone = tuple((index,) for index in classes)
+        unknown = ((), *alone) if self.data.multi_label else alone
+        return self.info.hypotheses or Hypotheses(unknown, (0,) * len(unknown))
+
+    def _choices(self, prompts: Sequence[str] | None) -> tuple[list[str], list[str]]:
+        """Names of the hypotheses, and their prompts."""
+        if prompts is not None:
+            names = self.class_names if list(prompts) == self.data.prompts else list(prompts)
+            texts = list(prompts)
+        else:
+            names, texts = self.hypotheses.names(self.class_names), self.hypotheses.prompts(self.data)
+        if len(texts) < 2:
+            raise InputError(f"{len(texts)} classes: classification needs two or more; give prompts=[...]")
+        return list(names), texts
+
+    def _findings(self, probabilities: np.ndarray) -> list[str]:
+        return ["|".join(name for name, holds in zip(self.class_names, row > 0.5, strict=True) if holds) for row in probabilities]
+
+    def _plan(self, latents: torch.Tensor, pairs: int, weighting: str | None, seed: int, calibration: Calibration | None) -> Plan:
+        wanted = weighting or (calibration.weighting if calibration else "uniform")
+        shape = tuple(latents.shape[1:])
+        return make_plan(self.noise_schedule, pairs, shape, wanted, seed, calibration.proposal if calibration else None)
+
+    def _score(
+        self,
+        latents: torch.Tensor,
+        conditions: torch.Tensor,
+        plan: Plan,
+        rule: Rule,
+        belief: Belief,
+        precision: str,
+        batch_size: int,
+        progress: Progress,
+    ) -> Scores:
+        dtype = PRECISIONS[precision]
+        context = nullcontext() if dtype is None else torch.autocast(latents.device.type, dtype)
+        with torch.no_grad(), context:
+            return score_classes(self._predict, self.noise_schedule, latents, conditions, plan, rule, belief, batch_size, progress)
 
     def _predict(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """The UNet in its own precision, without a variance that it may have learned."""
         return self.unet(x_t.to(self.unet.dtype), timesteps, condition.to(self.unet.dtype)).sample[:, : x_t.shape[1]]
 
+    def _precision(self, wanted: str | None, calibration: Calibration | None) -> str:
+        if wanted is not None and wanted not in PRECISIONS:
+            raise InputError(f"precision {wanted} is none of {', '.join(PRECISIONS)}")
+        found = calibration.precision if calibration else "fp32"
+        return wanted or (found if found == fast_precision(self._execution_device) else "fp32")
+
+    def batch_rows(self, wanted: int | None = None) -> int:
+        """Rows of each call of the UNet: `wanted`, rounded up to a multiple of 16, else 64 on a CPU, and what fits a GPU's memory."""
+        if wanted is not None:
+            return -(-wanted // 16) * 16
+        if self._execution_device.type == "cpu":
+            return ROWS
+        if self._rows is None:
+            self._rows = self._rows_that_fit()
+        return self._rows
+
+    def _rows_that_fit(self) -> int:
+        """The power of two from 64 to `MOST_ROWS` whose call takes at most half of the free memory, judged by a call of 64 rows."""
+        device, side = self._execution_device, self.unet.config.sample_size
+        x_t = torch.zeros(ROWS, self.unet.config.in_channels, side, side, device=device)
+        condition = self.encode_prompts([""]).expand(ROWS, -1, -1)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with torch.no_grad():
+            self._predict(x_t, torch.zeros(ROWS, dtype=torch.long, device=device), condition)
+        taken = torch.cuda.max_memory_allocated(device) - before
+        rows = ROWS
+        while rows < MOST_ROWS and 2 * rows // ROWS * taken < torch.cuda.mem_get_info(device)[0] / 2:
+            rows *= 2
+        return rows
+
+    def fingerprint(self) -> str:
+        """Of the weights, from a few numbers of each."""
+        digest = hashlib.sha256()
+        for part in (self.unet, self.text_encoder, self.vae):
+            for name, value in part.state_dict().items() if part is not None else ():
+                digest.update(f"{name} {tuple(value.shape)}".encode())
+                digest.update(value.detach().flatten()[:FEW_NUMBERS].float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def calibrate(
         self,
         images: Sequence[np.ndarray | Image.Image],
-        labels: Sequence[str | int],
+        labels: Sequence[str | int] | np.ndarray,
+        weighting: str = "uniform",
         max_pairs: int = 64,
-        batch_size: int = 64,
         seed: int = 0,
-        progress: Callable[[int], None] = lambda rows: None,
+        groups: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        progress: Progress = lambda rows: None,
         ranges: np.ndarray | None = None,
     ) -> Calibration:
-        """Fit temperature and class bias on labelled held-out images, with all pairs and uniform weights.
+        """Fit how losses become probabilities on labelled held-out images, with all pairs; see `medsd.inference.fitting`.
 
-        They are kept in `medsd.json` and used by `classify`. `labels` are class names or indices, `ranges` as in
-        `encode_images`. Raises InputError for an unknown class and for a class without an image.
+        It is kept in `medsd.json` and used by `classify`. `labels` are class names or indices, or findings `(N, K)` of 0 and 1; `groups`
+        name each image's patient, whose images are not parted by cross-validation; `ranges` as in `encode_images`. Raises InputError for
+        an unknown class and for a class without an image.
         """
-        indices = np.array([self._class_index(label) for label in labels])
-        missing = sorted(set(range(len(self.class_names))) - set(indices.tolist()))
+        answers, known = self._answers(labels, None if groups is None else np.asarray(groups))
+        kept = np.flatnonzero(known)
+        latents = self.encode_images([images[int(index)] for index in kept], None if ranges is None else np.asarray(ranges)[kept])
+        conditions = self.encode_prompts(self._choices(None)[1])
+        calls = self.batch_rows(batch_size)
+
+        def score(chosen: torch.Tensor, plan: Plan, precision: str) -> Scores:
+            return self._score(
+                latents[chosen], conditions, plan, Full(), Belief(Calibration.none(len(conditions))), precision, calls, progress
+            )
+
+        fast = fast_precision(self._execution_device)
+        calibration = fit(score, self.noise_schedule, tuple(latents.shape[1:]), answers, weighting, max_pairs, seed, fast)
+        self.info = replace(self.info, calibration=calibration)
+        return calibration
+
+    def _answers(self, labels: Sequence[str | int] | np.ndarray, groups: np.ndarray | None) -> tuple[Answers, np.ndarray]:
+        """What to fit, and which images `(N,)` have a hypothesis at all."""
+        if self.data.multi_label:
+            numbers = self.hypotheses.numbers(np.asarray(labels))
+            known = numbers >= 0
+            if not known.any():
+                raise InputError("no image to calibrate on has a set of findings that was seen in training: take others")
+            design, prior = self.hypotheses.membership(len(self.class_names)), self.hypotheses.prior()
+            return Answers(numbers[known], design, prior, None if groups is None else groups[known]), known
+        numbers = np.array([self._class_index(label) for label in labels])
+        missing = sorted(set(range(len(self.class_names))) - set(numbers.tolist()))
         if missing:
             raise InputError(
                 f"no image of {self.class_names[missing[0]]} to calibrate on: take more images, or do without (--calibrate none)"
             )
-        output = self.classify(images, mode="full", max_pairs=max_pairs, batch_size=batch_size, seed=seed, progress=progress, ranges=ranges)
-        calibration = fit_calibration(output.log_likelihoods, indices)
-        self.info = replace(self.info, calibration=calibration)
-        return calibration
+        return Answers.of_classes(numbers, len(self.class_names), groups), np.ones(len(numbers), dtype=bool)
 
     def _class_index(self, label: str | int) -> int:
         if label in self.class_names:
@@ -144,16 +304,20 @@ class ScoringMixin:
             raise InputError("no image to encode")
         if ranges is not None and len(ranges) != len(images):
             raise InputError(f"{len(ranges)} ranges for {len(images)} images: one per image is expected")
-        fitted, device = [self._fit(image) for image in images], self._execution_device
+        fitted, device = [self.fit_image(image) for image in images], self._execution_device
         latents = []
         for start in range(0, len(fitted), ENCODE_BATCH):
             part = slice(start, start + ENCODE_BATCH)
             batch = torch.from_numpy(np.stack(fitted[part]).astype(np.float32)).to(device)
             own = None if ranges is None else torch.as_tensor(ranges[part], dtype=torch.float32, device=device)
-            latents.append(self.codec.encode(to_unit(batch, self.data.intensity_map, own)))
+            unit = to_unit(batch, self.data.intensity_map, own)
+            # Always so many at once, since an encoder's bits depend on it.
+            full = torch.cat([unit, unit[-1:].expand(ENCODE_BATCH - len(unit), -1, -1, -1)])
+            latents.append(self.codec.encode(full)[: len(unit)])
         return torch.cat(latents)
 
-    def _fit(self, image: np.ndarray | Image.Image) -> np.ndarray:
+    def fit_image(self, image: np.ndarray | Image.Image) -> np.ndarray:
+        """An image in the source's unit, `(C, R, R)` at the model's resolution R; raises InputError for what cannot be an image of its."""
         pixels = pixels_of(image) if isinstance(image, Image.Image) else np.asarray(image)
         expected, data = self.data.image_channels, self.data
         if pixels.ndim != 3:
@@ -162,6 +326,24 @@ class ScoringMixin:
             pixels = pixels.repeat(3, 0)
         if len(pixels) != expected:
             raise InputError(f"an image of {len(pixels)} channels; this pipeline was trained on images of {expected}")
+        if not np.isfinite(pixels).all():
+            raise InputError("an image with values that are not finite: its file is damaged, or was written so")
         grey = expected - label_channels(data.intensity_map, expected)
         parts = [(pixels[:grey], False), (pixels[grey:], True)]
         return np.concatenate([fit_square(part, data.resolution, data.resize, nearest)[0] for part, nearest in parts if len(part)])
+
+
+def choose_rule(mode: str, delta: float, calibration: Calibration, pairs: int) -> Rule:
+    """The rule of a mode; raises InputError for an unknown one."""
+    if mode not in MODES:
+        raise InputError(f"mode {mode} is none of {', '.join(MODES)}")
+    if mode == "decide":
+        return Decide(certified_level(calibration, delta, pairs), together=calibration.vote)
+    return Settle(together=calibration.vote) if mode == "posterior" else Full()
+
+
+def fast_precision(device: torch.device) -> str:
+    """The half precision that the device computes natively; fp32 where there is none."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    return "bf16" if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"

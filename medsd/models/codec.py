@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL, VQModel
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 
 from medsd.errors import InputError
 from medsd.models.channels import adapt_input
@@ -43,6 +43,9 @@ class Codec(Protocol):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images, not clipped."""
+
+    def spread(self, elements: torch.Tensor) -> torch.Tensor:
+        """A number for each element of a latent, `(c, h, w)` -> for each pixel, `(H, W)`, with the same sum."""
 
     def check_side(self, resolution: int) -> None:
         """Raise InputError where images of this side do not fit."""
@@ -79,6 +82,10 @@ class PixelCodec:
                 f"images of {resolution} px do not divide by {self.factor}: change --pixel_factor or prepare another --resolution"
             )
 
+    def spread(self, elements: torch.Tensor) -> torch.Tensor:
+        """A number for each element of a latent, `(c, h, w)` -> for each pixel, `(H, W)`, with the same sum."""
+        return pixel_shuffle(elements, self.factor).sum(0)
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Inverse of `encode`."""
         return pixel_shuffle(latents, self.factor) * self.std + self.mean
@@ -108,6 +115,10 @@ class LearnedCodec:
                 "finetune_vae.py --pretrained_model_name_or_path ... --adapt_channels (or finetune_unet.py, with a pretrained UNet), or "
                 f"prepare {'1 or 3' if vae.config.in_channels == 3 else vae.config.in_channels} channels (--windows, --channels)"
             )
+
+    def spread(self, elements: torch.Tensor) -> torch.Tensor:
+        """A number for each element of a latent, `(c, h, w)` -> for each pixel, `(H, W)`, bilinearly, with the same sum."""
+        return interpolate(elements.sum(0)[None, None], scale_factor=self.factor, mode="bilinear")[0, 0] / self.factor**2
 
     def encode(self, images: torch.Tensor, draws: Randomness | None = None) -> torch.Tensor:
         """Latents of unit scale."""

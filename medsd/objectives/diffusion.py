@@ -111,12 +111,26 @@ def denoising_error(
     Raises:
         InputError: where the UNet gives neither c nor 2c channels.
     """
+    return _mean(denoising_elements(unet, scheduler, latents, noise, timesteps, condition, loss, perturbation), emphasis)
+
+
+def denoising_elements(
+    unet: Callable[..., Any],
+    scheduler: Any,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    condition: torch.Tensor | None,
+    loss: ElementLoss = squared,
+    perturbation: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What `denoising_error` averages: the error of every element, `(B, c, h, w)` float32."""
     channels = latents.shape[1]
     output = _call(unet, scheduler, latents, noise, timesteps, condition, perturbation)
     if output.shape[1] not in (channels, 2 * channels):
         raise InputError(f"the UNet gives {output.shape[1]} channels for latents of {channels}: it must give as many, or twice as many")
     target = prediction_target(scheduler, latents, noise, timesteps).float()
-    return _mean(loss(output[:, :channels], target, timesteps), emphasis)
+    return loss(output[:, :channels], target, timesteps)
 
 
 def hybrid_error(

@@ -7,6 +7,7 @@ from typing import Any
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from medsd.data.dataset import DataInfo
+from medsd.data.hypotheses import Hypotheses
 from medsd.data.intensity import label_channels
 from medsd.data.prompts import class_words
 from medsd.errors import InputError
@@ -20,8 +21,8 @@ from medsd.models.presets import BETAS, SD_SCHEDULE
 from medsd.models.unet import check_side
 
 
-def adopt(pipe: MedSDPipeline, data: DataInfo) -> None:
-    """Take over a data set: its classes as tokens and prompts, its intensity map and its resolution.
+def adopt(pipe: MedSDPipeline, data: DataInfo, hypotheses: Hypotheses | None = None) -> None:
+    """Take over a data set: its classes as tokens and prompts, what its training images show, its intensity map and its resolution.
 
     Raises InputError where channels, resolution or prompts do not fit the model.
     """
@@ -41,7 +42,7 @@ def adopt(pipe: MedSDPipeline, data: DataInfo) -> None:
     add_class_tokens(pipe.tokenizer, pipe.text_encoder, {token: class_words(token) for token in data.class_tokens})
     tokenize(pipe.tokenizer, data.prompts or [""])
     pipe.unet.register_to_config(sample_size=data.resolution // codec.factor)
-    pipe.info = replace(pipe.info, data=data, codec=codec.to_dict(), calibration=None)
+    pipe.info = replace(pipe.info, data=data, codec=codec.to_dict(), hypotheses=hypotheses, calibration=None)
 
 
 def learn_words(pipe: MedSDPipeline, data: DataInfo, prompts: Sequence[str]) -> None:

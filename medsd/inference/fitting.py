@@ -1,0 +1,189 @@
+"""How a model's losses become probabilities: everything that is fitted on labelled, held-out images.
+
+A *pilot* is a scoring of few images on a regular grid of timesteps, each with two noises and their opposites. It tells where the
+classes differ, where opposite noises cancel errors, and whether half precision is good enough. It needs no labels.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from medsd.evaluation.classification import auroc
+from medsd.evaluation.groups import any_findings, common_labels, join_classes, join_findings
+from medsd.inference.calibration import Answers, Belief, Calibration, Weighting, choose_weighting, log_softmax
+from medsd.inference.likelihood import Scores
+from medsd.inference.plan import Plan, Proposal, make_plan, nats_per_error, pair_noise
+from medsd.inference.race import Decide, differences_to_leader, replay
+from medsd.objectives.diffusion import log_snr
+
+Score = Callable[[torch.Tensor, Plan, str], Scores]
+"""Images (places in the calibration set), plan and precision -> all losses."""
+
+PILOT_ROWS = 24_000
+"""At most, and at most half of what scoring the calibration set takes; but `FEWEST_IMAGES` at least."""
+FEWEST_IMAGES = 8
+PILOT_BINS = 25
+UNIFORM_SHARE = 0.1
+"""Of a proposal, so that no pair counts more than ten times."""
+ENOUGH_CANCELLED = -0.1
+"""Correlation of opposite noises from which on they are worth giving up a second timestep."""
+LARGEST_DEVIATION = 0.25
+"""Of half precision from fp32 in an image's log-odds, in standard errors of a full plan."""
+LEVELS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.17, 0.23, 0.3)
+CONFIDENCE = 0.95
+"""That a risk is not above its bound."""
+MIN_SNR_GAMMA = 5.0
+"""Hang et al. (2023)."""
+
+
+def fit(
+    score: Score,
+    scheduler: Any,
+    latent_shape: tuple[int, ...],
+    answers: Answers,
+    weighting: str,
+    pairs: int,
+    seed: int,
+    fast: str,
+) -> Calibration:
+    """A calibration for plans of `pairs` pairs; `fast` is the half precision to try, or fp32.
+
+    Weights over timesteps and votes (Favero et al., MIDL 2025) are taken only where cross-validated NLL gains more than one standard error.
+    """
+    plan = pilot_plan(scheduler, latent_shape, weighting, seed)
+    rows = min(PILOT_ROWS, len(answers.numbers) * len(answers.design) * pairs // 2)
+    chosen = pilot_images(answers.numbers, max(FEWEST_IMAGES, rows // (len(plan) * len(answers.design))))
+    exact, some = score(chosen, plan, "fp32").losses, slice(0, None, 2)
+    deviation = 0.0 if fast == "fp32" else half_deviation(exact[some], score(chosen[some], plan, fast).losses, pairs)
+    precision = fast if deviation <= LARGEST_DEVIATION else "fp32"
+    proposal = fit_proposal(exact)
+    plan = make_plan(scheduler, pairs, latent_shape, weighting, seed, proposal)
+    losses, places = score(torch.arange(len(answers.numbers)), plan, precision).losses, plan.places.numpy()
+    candidates = {
+        weighting: Weighting(),
+        "min_snr": Weighting(min_snr_stretches(scheduler)),
+        "fitted": Weighting(fitted=True),
+        "vote": Weighting(vote=True),
+    }
+    name, found = choose_weighting(candidates, losses, places, answers)
+    report = {"weighting": name, "candidates": found, "images": len(answers.numbers), f"deviation of {fast}": deviation}
+    made = replace(candidates[name].fit(losses, places, answers), weighting=weighting, proposal=proposal, pairs=pairs, precision=precision)
+    made = fit_groups(made, -Belief(made).nats(losses, places).mean(2), answers)
+    return replace(made, risks=race_risks(losses, places, Belief(made, answers.prior)), report=report)
+
+
+def pilot_plan(scheduler: Any, latent_shape: tuple[int, ...], weighting: str, seed: int) -> Plan:
+    """Two noises and their opposites in the middle of each of `PILOT_BINS` stretches of the timesteps."""
+    usable = int(torch.isfinite(log_snr(scheduler)).sum())
+    places = ((torch.arange(PILOT_BINS, dtype=torch.float64) + 0.5) / PILOT_BINS).repeat_interleave(4)
+    timesteps = (places * usable).long()
+    # Noise numbers that no plan has reached, so that the pilot is not scored with the noise of what it plans.
+    noise = [sign * pair_noise(seed, 2**31 + couple, latent_shape) for couple in range(2 * PILOT_BINS) for sign in (1, -1)]
+    return Plan(timesteps, torch.stack(noise), nats_per_error(scheduler, weighting, latent_shape)[timesteps].float(), places)
+
+
+def pilot_images(numbers: np.ndarray, most: int) -> torch.Tensor:
+    """Up to `most` places, of the hypotheses in turn."""
+    rank = np.zeros(len(numbers), dtype=int)
+    for number in np.unique(numbers):
+        members = np.flatnonzero(numbers == number)
+        rank[members] = np.arange(len(members))
+    return torch.from_numpy(np.sort(np.lexsort((numbers, rank))[:most]))
+
+
+def fit_proposal(losses: np.ndarray) -> Proposal:
+    """Where classes differ most, from losses `(N, K, 4 B)` of a `pilot_plan`: density in proportion to the RMS difference between classes.
+
+    Opposite noises are taken in stretches where they cancel each other's errors. The density minimises the variance of the mean
+    difference between classes (importance sampling), but for the share that is uniform.
+    """
+    between = _between(losses)
+    size = np.sqrt((between**2).mean((0, 1, 3, 4)))
+    density = (1 - UNIFORM_SHARE) * size / size.sum() + UNIFORM_SHARE / len(size)
+    # The difference of two noises at one timestep has no part that is the image's own.
+    noise = between[..., 0, :] - between[..., 1, :]
+    correlation = noise.prod(-1).mean((0, 1)) / np.sqrt((noise**2).mean((0, 1)).prod(-1))
+    smooth = np.convolve(np.pad(correlation, 2, "edge"), np.ones(5) / 5, "valid")
+    return Proposal(tuple(map(float, density)), tuple(bool(value < ENOUGH_CANCELLED) for value in smooth))
+
+
+def half_deviation(exact: np.ndarray, half: np.ndarray, pairs: int) -> float:
+    """RMS over images and classes of what half precision changes of a mean difference between classes, in its standard errors."""
+    true, changed = (_between(losses).reshape(*losses.shape[:2], -1) for losses in (exact, half))
+    error = np.sqrt((true.var(2) / pairs).mean())
+    return float(np.sqrt(((changed - true).mean(2) ** 2).mean()) / error)
+
+
+def _between(losses: np.ndarray) -> np.ndarray:
+    """Losses of a `pilot_plan` less their mean over classes, `(N, K, B, 2 noises, 2 signs)` float64."""
+    centred = losses.astype(np.float64) - losses.mean(1, keepdims=True)
+    return centred.reshape(*losses.shape[:2], PILOT_BINS, 2, 2)
+
+
+def min_snr_stretches(scheduler: Any) -> tuple[float, ...]:
+    """Min-SNR-gamma weights of the noise's error in `PILOT_BINS` stretches of the timesteps, mean 1 (Hang et al., 2023)."""
+    lambdas = log_snr(scheduler)
+    snr = lambdas[torch.isfinite(lambdas)].exp()
+    weights = (MIN_SNR_GAMMA / snr).clamp(max=1)
+    stretches = np.array([part.mean().item() for part in torch.tensor_split(weights, PILOT_BINS)])
+    return tuple(map(float, stretches / stretches.mean()))
+
+
+def race_risks(losses: np.ndarray, places: np.ndarray, belief: Belief) -> tuple[tuple[float, float], ...]:
+    """(level, risk): an upper bound, with `CONFIDENCE`, of how often a race at that level answers otherwise than all pairs.
+
+    `losses` `(N, K, P)` are all known. Answers whose logits on all pairs are within the race's eta count as the same. The bound is Clopper
+    and Pearson's (1934); it holds for images drawn like these.
+    """
+    from scipy.stats import beta
+
+    count = len(losses)
+    logits = -belief.nats(losses, places).mean(2)
+    risks = []
+    for level in LEVELS:
+        rule = Decide(level, together=belief.calibration.vote)
+        raced = belief.nats(replay(losses, places, rule, belief), places)
+        answer = differences_to_leader(raced)[0]
+        wrong = int((logits.max(1) - logits[np.arange(count), answer] > rule.eta).sum())
+        risks.append((level, float(beta.ppf(CONFIDENCE, wrong + 1, count - wrong)) if wrong < count else 1.0))
+    return tuple(risks)
+
+
+def fit_groups(calibration: Calibration, logits: np.ndarray, answers: Answers) -> Calibration:
+    """With what joins the images of a group, from logits `(N, H)` without a prior; as it was where no group has several images.
+
+    Hypotheses that are single classes: a temperature, see `fit_group_temperature`. Sets of findings: mean or max over images, whichever
+    ranks the groups of the calibration set better.
+    """
+    if answers.groups is None or len(np.unique(answers.groups)) == len(answers.groups):
+        return calibration
+    group_of = np.unique(answers.groups, return_inverse=True)[1]
+    if answers.prior is None:
+        numbers = common_labels(answers.numbers, group_of)
+        one = np.flatnonzero(numbers[group_of] >= 0)
+        if not len(one):
+            return calibration
+        group_of, numbers = np.unique(group_of[one], return_inverse=True)[1], numbers[numbers >= 0]
+        return replace(calibration, group_temperature=fit_group_temperature(logits[one], group_of, numbers))
+    probabilities = np.exp(log_softmax(logits + answers.offset)) @ answers.design
+    truth = any_findings(answers.design[answers.numbers].astype(int), group_of) == 1
+    weights = np.ones((1, len(truth)))
+    areas = {}
+    for rule in ("mean", "max"):
+        joined = join_findings(probabilities, group_of, rule)
+        areas[rule] = np.nanmean([auroc(score, holds, weights) for score, holds in zip(joined.T, truth.T, strict=True)])
+    return replace(calibration, group_rule="max" if areas["max"] > areas["mean"] else "mean")
+
+
+def fit_group_temperature(logits: np.ndarray, group_of: np.ndarray, numbers: np.ndarray) -> float:
+    """The temperature at which `join_classes` has the least mean negative log posterior of each group's class `(G,)`."""
+    from scipy.optimize import minimize_scalar
+
+    def loss(log_temperature: float) -> float:
+        joined = join_classes(logits, group_of, float(np.exp(log_temperature)))
+        return -np.log(np.maximum(joined[np.arange(len(numbers)), numbers], np.finfo(float).tiny)).mean()
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3.0, 6.0), method="bounded").x))

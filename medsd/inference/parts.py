@@ -1,0 +1,74 @@
+"""Scores of images on disk, part by part as they are computed, until all are there: what a stopped scoring goes on from."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medsd.output import write_text
+
+SETTINGS = "settings.json"
+
+
+class Parts:
+    """A hidden folder beside the scores; each part is a Parquet file that is there in full or not at all.
+
+    Args:
+        scores: the folder that the scores will be in.
+        settings: all that determines a score. Parts under other settings are of no use.
+    """
+
+    def __init__(self, scores: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = scores.with_name(f".{scores.name}.scoring")
+        self.settings = json.dumps(settings, sort_keys=True, indent=1)
+
+    def begin(self) -> int:
+        """Make the folder, or keep one of the same settings; returns the number of images that are scored already."""
+        record = self.folder / SETTINGS
+        if not record.is_file() or record.read_text() != self.settings:
+            self.remove()
+            self.folder.mkdir(parents=True)
+            write_text(record, self.settings)
+        return len(self.keys())
+
+    def keys(self) -> set[str]:
+        """Of the images that need no more scoring: those that are scored, and those that cannot be."""
+        return {*(self.table()["key"].to_pylist() if self._files() else ()), *(failure["key"] for failure in self.failed())}
+
+    def add(self, name: str, columns: Mapping[str, Sequence[Any]], failed: Iterable[Mapping[str, str]], seconds: float) -> None:
+        """Keep the scores of some images, and (key, reason) of those that failed."""
+        import pyarrow
+        import pyarrow.parquet
+
+        if len(columns["key"]):
+            made, final = self.folder / f"{name}.tmp", self.folder / f"{name}.parquet"
+            pyarrow.parquet.write_table(pyarrow.table({key: list(values) for key, values in columns.items()}), made)
+            os.replace(made, final)
+        write_text(self.folder / f"{name}.json", json.dumps({"failed": list(failed), "seconds": seconds}))
+
+    def table(self) -> Any:
+        """All parts as one `pyarrow.Table`, by key."""
+        import pyarrow
+        import pyarrow.parquet
+
+        return pyarrow.concat_tables([pyarrow.parquet.read_table(file) for file in self._files()]).sort_by("key")
+
+    def failed(self) -> list[dict[str, str]]:
+        """(key, reason) of the images that could not be scored, by key."""
+        return sorted((failure for record in self._records() for failure in record["failed"]), key=lambda failure: failure["key"])
+
+    def seconds(self) -> float:
+        """Spent on scoring, by all processes together."""
+        return sum(record["seconds"] for record in self._records())
+
+    def remove(self) -> None:
+        """Of no use any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.parquet"))
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [json.loads(file.read_text()) for file in sorted(self.folder.glob("*.json")) if file.name != SETTINGS]

@@ -1,0 +1,165 @@
+"""Which classes of which images need more pairs: rules that a scoring asks after each look.
+
+Losses here are calibrated nats `(N, K, n)`: their mean over pairs is minus the logit (see `calibration.Belief`). Classes are dropped for
+good, so that a class's pairs are the first ones of the plan, and all classes of an image share those of the one with fewest.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from medsd.inference.calibration import Belief, Calibration
+
+PRIOR_PAIRS = 4.0
+"""Weight, in pairs, of the variance pooled over classes in a class's own variance."""
+NEGLIGIBLE = 1e-3
+"""A class whose probability is surely below this needs no more pairs."""
+
+Measure = Callable[[np.ndarray], np.ndarray]
+"""Rows (image, pair, class) `(R, 3)` -> their losses `(R,)`."""
+
+
+class Rule(Protocol):
+    """When to look, and what to go on with."""
+
+    def looks(self, pairs: int) -> list[int]:
+        """Numbers of pairs after which classes may be dropped, rising; the last is `pairs`."""
+
+    def unsettled(self, losses: np.ndarray, active: np.ndarray, pairs: int) -> np.ndarray:
+        """Which of the `active` classes `(N, K)` need more, after `(N, K, n)` losses of n < `pairs` pairs, NaN where dropped earlier."""
+
+
+class Full:
+    """Every class on every pair."""
+
+    def looks(self, pairs: int) -> list[int]:
+        """One, at the end."""
+        return [pairs]
+
+    def unsettled(self, losses: np.ndarray, active: np.ndarray, pairs: int) -> np.ndarray:
+        """All."""
+        return active
+
+
+@dataclass(frozen=True)
+class Decide:
+    """Drop a class that is not the full plan's answer, until one is left.
+
+    A class goes when its mean difference to the leader exceeds t x standard error, less `eta` nats of indifference: two classes whose
+    logits on all pairs lie closer than that may take each other's place. t is Student's quantile of `level`; the standard error is that
+    of a mean of n out of P pairs, which is 0 at the end.
+    """
+
+    level: float
+    """One-sided error of each comparison; see `certified_level`."""
+    eta: float = 0.1
+    together: bool = False
+    """Whether an image's classes only go all at once, as votes among all classes need."""
+
+    def looks(self, pairs: int) -> list[int]:
+        """2, 4, 8, ..., `pairs`."""
+        return doubling(2, pairs)
+
+    def unsettled(self, losses: np.ndarray, active: np.ndarray, pairs: int) -> np.ndarray:
+        """Classes within the radius of the leader; none where that is the leader alone."""
+        from scipy.stats import t
+
+        leader, means, differences = differences_to_leader(losses)
+        seen = losses.shape[2]
+        radius = t.ppf(1 - self.level, seen - 1 + PRIOR_PAIRS) * np.sqrt(variance_of_mean(differences) * (1 - seen / pairs))
+        left = active & (means + self.eta <= radius)
+        contested = left.sum(1, keepdims=True) - left[np.arange(len(left)), leader][:, None] > 0
+        left[np.arange(len(left)), leader] = True
+        return (active if self.together else left) & contested
+
+
+def certified_level(calibration: Calibration, delta: float, pairs: int) -> float:
+    """The level at which a `Decide` over plans of `pairs` pairs answers otherwise than all pairs with probability `delta` at most.
+
+    The largest whose measured risk, and that of all smaller ones, is below delta (fixed-sequence testing, Angelopoulos et al., 2021);
+    without one, Bonferroni's for all comparisons of an image, which is smaller.
+    """
+    classes, looks = len(calibration.bias), len(doubling(2, pairs))
+    level = delta / (max(classes - 1, 1) * looks)
+    for measured, risk in calibration.risks if calibration.pairs == pairs else ():
+        if risk > delta:
+            break
+        level = max(level, measured)
+    return level
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Go on until log-posterior differences to the leader are known within `tolerance` x max(1, their size), or are negligible."""
+
+    tolerance: float = 0.1
+    together: bool = False
+
+    def looks(self, pairs: int) -> list[int]:
+        """4, 8, 16, ..., `pairs`."""
+        return doubling(4, pairs)
+
+    def unsettled(self, losses: np.ndarray, active: np.ndarray, pairs: int) -> np.ndarray:
+        """Classes whose difference is neither known nor surely negligible, and the leader with them."""
+        leader, means, differences = differences_to_leader(losses)
+        deviation = np.sqrt(variance_of_mean(differences) * (1 - losses.shape[2] / pairs))
+        known = deviation <= self.tolerance * np.maximum(1, means)
+        unknown = active & ~known & (means - 2 * deviation < -np.log(NEGLIGIBLE))
+        unknown[np.arange(len(losses)), leader] = unknown.any(1)
+        return active & unknown.any(1, keepdims=True) if self.together else unknown
+
+
+def race(measure: Measure, count: int, classes: int, places: np.ndarray, rule: Rule, belief: Belief) -> np.ndarray:
+    """Losses `(count, classes, P)` float32, NaN where the rule needed none, of the pairs at `places` `(P,)`."""
+    pairs = len(places)
+    losses = np.full((count, classes, pairs), np.nan, dtype=np.float32)
+    active, done = np.ones((count, classes), dtype=bool), 0
+    for look in rule.looks(pairs):
+        rows = np.argwhere(np.broadcast_to(active[:, None, :], (count, look - done, classes))) + (0, done, 0)
+        image, pair, label = rows.T
+        losses[image, label, pair] = measure(rows)
+        done = look
+        if done == pairs:
+            break
+        going = active.any(1)
+        active[going] = rule.unsettled(belief.nats(losses[going, :, :done], places[:done]), active[going], pairs)
+        if not active.any():
+            break
+    return losses
+
+
+def replay(losses: np.ndarray, places: np.ndarray, rule: Rule, belief: Belief) -> np.ndarray:
+    """What `race` would have computed of losses `(N, K, P)` that are all known."""
+    return race(lambda rows: losses[rows[:, 0], rows[:, 2], rows[:, 1]], *losses.shape[:2], places, rule, belief)
+
+
+def doubling(first: int, pairs: int) -> list[int]:
+    """first, 2 first, 4 first, ... and at last `pairs`."""
+    looks = []
+    while first < pairs:
+        looks.append(first)
+        first *= 2
+    return [*looks, pairs]
+
+
+def differences_to_leader(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Leading class `(N,)`, mean of (class - leader) on common pairs `(N, K)`, and those differences `(N, K, P)`, NaN where not scored.
+
+    The leader is the class with the smallest loss among those with the most pairs.
+    """
+    pairs = np.isfinite(losses).sum(2)
+    means = np.nanmean(losses, axis=2)
+    leader = np.where(pairs == pairs.max(1, keepdims=True), means, np.inf).argmin(1)
+    differences = losses - losses[np.arange(len(losses)), leader][:, None]
+    return leader, np.nanmean(differences, axis=2), differences
+
+
+def variance_of_mean(differences: np.ndarray) -> np.ndarray:
+    """Variance `(N, K)` of the mean of paired differences, each class's own shrunk towards the image's pooled one."""
+    pairs = np.isfinite(differences).sum(2)
+    own = np.nanvar(differences, axis=2) * pairs / np.maximum(pairs - 1, 1)
+    pooled = own.sum(1, keepdims=True) / np.maximum((own > 0).sum(1, keepdims=True), 1)
+    shrunk = (PRIOR_PAIRS * pooled + (pairs - 1) * own) / (PRIOR_PAIRS + pairs - 1)
+    return np.where(own > 0, shrunk, 0.0) / pairs
