@@ -52,6 +52,7 @@ def main(config: PrepareDataConfig) -> None:
         num_workers=config.num_workers,
         seed=config.seed,
         mask_channel=config.stacks_mask,
+        multi_label=config.multi_label,
     )
     if config.source == "phantom":
         summary = prepare_phantom(output_dir, options, Path(config.data_dir) if config.data_dir else None, overwrite=config.overwrite)

@@ -108,8 +108,8 @@ class PrepareDataConfig(RecipeConfig):
         for flag in ("image_column", "patient_column", "split_column", "mask_column"):
             if getattr(self, flag) is not None and not with_table:
                 raise InputError(f"--{flag} names a column of --labels FILE.csv, which --source csv, dicom and nifti read: add that")
-        if self.multi_label and not with_table and self.source != "rsna2019":
-            raise InputError("--multi_label needs --labels FILE.csv with the findings, and --source csv, dicom or nifti")
+        if self.multi_label and not with_table and self.source not in {"rsna2019", "phantom"}:
+            raise InputError("--multi_label needs --labels FILE.csv with the findings, and --source csv, dicom or nifti (or the phantom)")
         if self.mask_column is not None and self.source == "nifti":
             raise InputError("--mask_column is for images; the mask of NIfTI volumes is a channel: --channels t1 mask")
         if self.channels is not None and (self.source not in {"nifti", "brats"} or self.multi_label) and not self.stacks_mask:

@@ -21,19 +21,24 @@ if TYPE_CHECKING:
 KINDS = ("dicom", "masks")
 
 
-def write_phantom(folder: Path, patients: int = 500, slices: int = 6, size: int = 128, seed: int = 0) -> Path:
+NO_FINDING = "No Finding"
+SHARES = (1 / 6, 1 / 2, 1 / 3)
+"""Of slices without, with one and with two findings, where several can hold."""
+
+
+def write_phantom(folder: Path, patients: int = 500, slices: int = 6, size: int = 128, seed: int = 0, multi_label: bool = False) -> Path:
     """Write `FOLDER/dicom/PATIENT/NN.dcm`, `FOLDER/masks/PATIENT/NN.png` (8-bit, 0 or 255) and `FOLDER/labels.csv`.
 
     The table has the columns file, label, patient_id, mask, with paths relative to FOLDER. It is written last, so
-    a folder without it is unfinished. Every six slices in a row hold each class once. Returns the table's path.
-    Raises InputError for numbers out of range.
+    a folder without it is unfinished. Every six slices in a row hold each class once. With `multi_label` a slice has none, one or two
+    bleeds, joined by `|`, in `SHARES`. Returns the table's path. Raises InputError for numbers out of range.
     """
     if patients < 1 or not 1 <= slices <= MAX_SLICES:
         raise InputError(f"a phantom of {patients} patients with {slices} slices; at least 1, and 1 to {MAX_SLICES}, are expected")
     check_numbers(seed, patients - 1, slices - 1, size)
     table, unfinished = folder / "labels.csv", folder / "labels.csv.unfinished"
     table.unlink(missing_ok=True)
-    labels = _labels(seed, patients * slices)
+    labels = (_findings if multi_label else _labels)(seed, patients * slices)
     rows = [row for patient in range(patients) for row in _write_patient(folder, seed, patient, labels[patient * slices :][:slices], size)]
     with unfinished.open("w", newline="") as file:
         csv.writer(file).writerows([("file", "label", "patient_id", "mask"), *rows])
@@ -46,7 +51,12 @@ def is_phantom(folder: Path) -> bool:
     patients = [child.name for kind in KINDS if (folder / kind).is_dir() for child in (folder / kind).glob("[!.]*")]
     known = {*KINDS, "labels.csv", "labels.csv.unfinished"}
     own = all(child.name in known for child in folder.glob("[!.]*"))
-    return own and all(re.fullmatch(r"PH\d{5}", name) for name in patients)
+    return own and all(re.fullmatch(r"PH\d{5}(-\d+)?", name) for name in patients)
+
+
+def patient_name(seed: int, patient: int) -> str:
+    """Id of a patient: heads of another seed are other people."""
+    return f"PH{patient:05d}" + (f"-{seed}" if seed else "")
 
 
 def _labels(seed: int, count: int) -> list[str]:
@@ -55,16 +65,23 @@ def _labels(seed: int, count: int) -> list[str]:
     return [CLASSES[k] for _ in range(0, count, len(CLASSES)) for k in rng.permutation(len(CLASSES))][:count]
 
 
+def _findings(seed: int, count: int) -> list[str]:
+    """Bleeds of a slice, in the order of the classes."""
+    rng, bleeds = stream_of(seed, 0, 0, 2), CLASSES[1:]
+    shown = [sorted(rng.choice(len(bleeds), rng.choice(len(SHARES), p=SHARES), replace=False)) for _ in range(count)]
+    return ["|".join(bleeds[index] for index in chosen) or NO_FINDING for chosen in shown]
+
+
 def _write_patient(folder: Path, seed: int, patient: int, labels: list[str], size: int) -> list[tuple[str, str, str, str]]:
     from PIL import Image
 
-    name, rows = f"PH{patient:05d}", []
+    name, rows = patient_name(seed, patient), []
     for kind in KINDS:
         (folder / kind / name).mkdir(parents=True, exist_ok=True)
     header = _header(seed, patient, name, size)
     for index, label in enumerate(labels):
         file, mask_file = f"dicom/{name}/{index:02d}.dcm", f"masks/{name}/{index:02d}.png"
-        image, mask = slice_image(seed, patient, index, label, size)
+        image, mask = slice_image(seed, patient, index, CLASSES[0] if label == NO_FINDING else label, size)
         _write_dicom(folder / file, header, image[0], draw_patient(seed, patient), index)
         Image.fromarray(mask[0] * 255).save(folder / mask_file)
         rows.append((file, label, name, mask_file))

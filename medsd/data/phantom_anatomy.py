@@ -26,22 +26,25 @@ FADING_AREA = (200.0, 600.0)
 
 
 def slice_image(seed: int, patient: int, index: int, label: str, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    """Slice `index` (0 to 11, from below upwards) of a patient with a bleed of class `label`.
+    """Slice `index` (0 to 11, from below upwards) of a patient with a bleed of class `label`, or bleeds of several (`"epidural|subdural"`).
 
-    Returns the image `(1, size, size)`, float32, whole HU within [-1000, 3000], and the bleed's mask
+    Returns the image `(1, size, size)`, float32, whole HU within [-1000, 3000], and the bleeds' mask
     `(1, size, size)`, uint8, 0 or 1, all 0 for `normal`. The same arguments give the same slice; another label
-    gives the same head with another bleed. Raises InputError for an unknown label and for numbers out of range.
+    gives the same head with other bleeds, which share one area. Raises InputError for an unknown label and for numbers out of range.
     """
     check_numbers(seed, patient, index, size)
-    if label not in CLASSES:
-        raise InputError(f'no class "{label}" in the phantom; it has {", ".join(CLASSES)}')
+    labels = label.split("|")
+    if unknown := [name for name in labels if name not in CLASSES]:
+        raise InputError(f'no class "{unknown[0]}" in the phantom; it has {", ".join(CLASSES)}')
     head = draw_patient(seed, patient)
     areas = stream_of(seed, patient, index + 1, 0).uniform(*zip(SCALP_BLEED_AREA, BLEED_AREA, strict=True))
-    anatomy = anatomy_of(head, index, size, areas[1] if label == "intraventricular" else 0.0, stream_of(seed, patient, index + 1, 1))
+    share = areas[1] / len(labels)
+    anatomy = anatomy_of(head, index, size, share if "intraventricular" in labels else 0.0, stream_of(seed, patient, index + 1, 1))
     rng = stream_of(seed, patient, index + 1, 2)
-    bleed = BLEEDS[label](anatomy, areas[1], rng) if label in BLEEDS else np.full((size, size), OUTSIDE)
-    below_skin = scalp_bleeds(anatomy, areas[:1] if label in BLEEDS else areas, rng)
-    oedema = rim(anatomy, bleed, rng) if label == "intraparenchymal" else scar(anatomy, rng)
+    bleeds = {name: BLEEDS[name](anatomy, share, rng) for name in labels if name in BLEEDS}
+    bleed = np.max([*bleeds.values()] or [np.full((size, size), OUTSIDE)], axis=0)
+    below_skin = scalp_bleeds(anatomy, areas[:1] if bleeds else areas, rng)
+    oedema = rim(anatomy, bleeds["intraparenchymal"], rng) if "intraparenchymal" in bleeds else scar(anatomy, rng)
     interior = _interior(head, anatomy, bleed, oedema, stream_of(seed, patient, index + 1, 3))
     image = _scan(head, anatomy, interior, below_skin, stream_of(seed, patient, index + 1, 4))
     return image[None], (bleed > 0)[None].astype(np.uint8)

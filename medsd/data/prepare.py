@@ -21,7 +21,7 @@ from medsd.data.intensity import Windows
 from medsd.data.leakage import count_kinds, deduplicate
 from medsd.data.plan import PrepareOptions, assign_splits, check_names, describe, final_columns, make_plan
 from medsd.data.rows import Row
-from medsd.data.sources import table
+from medsd.data.sources import findings_table, table
 from medsd.data.staging import Staging, write_block
 from medsd.data.workers import Job, WorkerPool
 from medsd.errors import InputError
@@ -75,18 +75,22 @@ def prepare_phantom(output_dir: Path, options: PrepareOptions, source_dir: Path 
     """
     from medsd.data import phantom
 
-    source_dir = source_dir or output_dir.with_name(f"phantom_dicom_{options.seed}")
+    source_dir = source_dir or output_dir.with_name(f"phantom_dicom_{options.seed}" + "_findings" * options.multi_label)
     if source_dir.is_dir() and not phantom.is_phantom(source_dir):
         raise InputError(f"--data_dir {source_dir} holds files that are no phantom's: say with --source what they are")
     labels = source_dir / "labels.csv"
     if not labels.is_file():
-        phantom.write_phantom(source_dir, seed=options.seed)
-    rows = table(source_dir, labels, "label", "file", "patient_id", mask_column="mask", accepts=is_dicom)
+        phantom.write_phantom(source_dir, seed=options.seed, multi_label=options.multi_label)
+    columns = {"image_column": "file", "patient_column": "patient_id", "mask_column": "mask", "accepts": is_dicom}
+    if options.multi_label:
+        rows = findings_table(source_dir, labels, ("label",), **columns).rows
+    else:
+        rows = table(source_dir, labels, "label", **columns)
     chosen = replace(
         options,
         intensity=options.intensity or Windows((PHANTOM_WINDOW,)),
         prompt_template=options.prompt_template or PHANTOM_TEMPLATE,
-        class_names=options.class_names or phantom.CLASSES,
+        class_names=options.class_names or phantom.CLASSES[options.multi_label :],
         duplicates="keep",
     )
     return prepare(rows, output_dir, chosen, PHANTOM_SALT, "phantom", overwrite)

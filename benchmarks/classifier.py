@@ -1,0 +1,311 @@
+"""The classifier against the two published rules, on the same model and images: rows, seconds, accuracy, NLL, agreement.
+
+    python recipes/prepare_data.py --seed 1 --split_fractions 0 0 1 --output_dir runs/exam/data      # 3,000 images of other heads
+    python recipes/classify.py                                             # calibrates runs/phantom/unet on its validation split
+    python benchmarks/classifier.py --pipeline runs/phantom/unet --dataset_name runs/exam/data --work /tmp/classifier
+
+*Staged elimination* (Li et al., ICCV 2023, algorithm 2 and the released settings): evenly spaced timesteps, one noise each, shared by
+classes and images, equal weights; after n1 pairs the better half of the classes stays, after n2 the best one; (50, 500) as published. *Random* (Favero
+et al., MIDL 2025): n random timesteps, the same for all classes; the mean or a majority vote; 501 as published. Both run as published: one image at a
+time, 32 rows a call, float32, one wait for the device a call. Their curves are n1, n2 and n scaled down. *Ours* is
+`MedSDPipeline.classify`, as calibrated, with plans of up to 64 pairs.
+
+Curves come from stored losses of every image, class and pair (`grid.npz`, an hour on two cores, goes on where it stopped); seconds from
+turns, in which each way scores the same images one after the other. Writes classifier.json and classifier.png.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medsd import MedSDPipeline, load_dataset
+from medsd.data.transforms import stratified
+from medsd.evaluation.classification import calibration_error, calibration_floor
+from medsd.inference.calibration import Belief, Calibration, log_softmax
+from medsd.inference.fitting import CONFIDENCE
+from medsd.inference.likelihood import Scores, posterior, score_classes
+from medsd.inference.plan import Plan, nats_per_error, pair_noise
+from medsd.inference.race import Decide, Settle, certified_level, replay
+from medsd.objectives.diffusion import denoising_error, epsilon_error_factor
+
+PUBLISHED = {"staged": (50, 500), "random": 501}
+GRID = 500
+CALL = 32
+PAIRS = 64
+AT_ONCE = 50
+
+
+def even_plan(pipe: MedSDPipeline, latents: torch.Tensor) -> Plan:
+    """`GRID` evenly spaced timesteps, one noise each."""
+    shape, places = tuple(latents.shape[1:]), (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
+    timesteps = (places * 1000).long()
+    noise = torch.stack([pair_noise(0, 10**6 + pair, shape) for pair in range(GRID)])
+    return Plan(timesteps, noise, nats_per_error(pipe.noise_schedule, "uniform", shape)[timesteps].float(), places)
+
+
+def grids(pipe: MedSDPipeline, images: list[np.ndarray], work: Path) -> tuple[np.ndarray, Scores]:
+    """Losses of the even plan `(N, K, GRID)`, and our own full scores; what is on disk is not computed again."""
+    even, own, places = [], [], None
+    for start in range(0, len(images), AT_ONCE):
+        file = work / f"grid-{start:05d}.npz"
+        if not file.is_file():
+            part, before = images[start : start + AT_ONCE], time.perf_counter()
+            ours = pipe.classify(part, mode="full", max_pairs=PAIRS).scores
+            latents, conditions = pipe.encode_images(part), pipe.encode_prompts(pipe.data.prompts)
+            with torch.autocast(latents.device.type, torch.bfloat16):
+                theirs = score_classes(pipe._predict, pipe.noise_schedule, latents, conditions, even_plan(pipe, latents))
+            np.savez(file.with_suffix(".tmp.npz"), even=theirs.losses, own=ours.losses, places=ours.places)
+            file.with_suffix(".tmp.npz").rename(file)
+            print(f"{start + len(part)} of {len(images)} images in {time.perf_counter() - before:.0f} s", flush=True)
+        stored = np.load(file)
+        even.append(stored["even"])
+        own.append(stored["own"])
+        places = stored["places"]
+    return np.concatenate(even), Scores(np.concatenate(own), places)
+
+
+def spread(count: int) -> np.ndarray:
+    """`count` evenly spaced places of the grid."""
+    return ((np.arange(count) + 0.5) * GRID / count).astype(int)
+
+
+def staged(losses: np.ndarray, first: int, second: int) -> tuple[np.ndarray, float]:
+    """Answers `(N,)`, and rows an image."""
+    count, classes, _ = losses.shape
+    kept = -(-classes // 2)
+    order = losses[:, :, spread(first)].mean(2).argsort(1)[:, :kept]
+    better = np.take_along_axis(losses[:, :, spread(second)].mean(2), order, 1).argmin(1)
+    return order[np.arange(count), better], first * classes + (second - first) * kept
+
+
+def random_timesteps(losses: np.ndarray, pairs: int, vote: bool) -> tuple[np.ndarray, float]:
+    """Answers `(N,)`, and rows an image; each image draws its own pairs of the grid."""
+    generator, count = np.random.default_rng(0), len(losses)
+    drawn = generator.random((count, GRID)).argsort(1)[:, : min(pairs, GRID)]
+    seen = np.take_along_axis(losses, drawn[:, None], 2)
+    if vote:
+        votes = (seen.argmin(1)[:, None] == np.arange(losses.shape[1])[None, :, None]).sum(2)
+        return (votes + 1e-3 * generator.random(votes.shape)).argmax(1), pairs * losses.shape[1]
+    return seen.mean(2).argmin(1), pairs * losses.shape[1]
+
+
+def point(rows: float, answers: np.ndarray, labels: np.ndarray, full: np.ndarray) -> dict:
+    return {"rows": float(rows), "accuracy": float((answers == labels).mean()), "agreement": float((answers == full).mean())}
+
+
+def published_curves(losses: np.ndarray, labels: np.ndarray) -> dict[str, list[dict]]:
+    """Of each rule, from few rows to as many as published."""
+    shares = np.geomspace(0.004, 1, 25)
+    pairs = sorted({(max(1, round(50 * share)), max(2, round(500 * share))) for share in shares})
+    full, _ = staged(losses, *PUBLISHED["staged"])
+    curves = {"staged": [point(rows, answers, labels, full) for answers, rows in (staged(losses, *two) for two in pairs)]}
+    for vote in (False, True):
+        tries = [random_timesteps(losses, count, vote) for count in sorted({max(1, round(501 * share)) for share in shares})]
+        curves["random, vote" if vote else "random, mean"] = [point(rows, said, labels, tries[-1][0]) for said, rows in tries]
+    return curves
+
+
+def our_curve(scores: Scores, labels: np.ndarray, calibration: Calibration) -> list[dict]:
+    """`decide` at several delta, then `posterior`, then `full`."""
+    belief, full = Belief(calibration), posterior(scores, calibration)
+    rules = {f"decide {delta}": Decide(certified_level(calibration, delta, PAIRS)) for delta in (0.2, 0.1, 0.05, 0.02, 0.01, 0.001)}
+    rules |= {"posterior": Settle()}
+    found = []
+    for name, rule in rules.items():
+        part = Scores(replay(scores.losses, scores.places, rule, belief), scores.places)
+        found.append(described(name, part, labels, calibration, full.logits, getattr(rule, "eta", 0.0)))
+    return [*found, described("full", scores, labels, calibration, full.logits, 0.0)]
+
+
+def described(name: str, scores: Scores, labels: np.ndarray, calibration: Calibration, full: np.ndarray, eta: float) -> dict:
+    """A point of our curve; `disagreement` leaves out images whose two best logits on all pairs lie within eta."""
+    said = posterior(scores, calibration)
+    probabilities, answers = said.probabilities, said.probabilities.argmax(1)
+    of_class = np.maximum(probabilities[np.arange(len(labels)), labels], 1e-12)
+    two = np.sort(full, 1)[:, -2:]
+    clear = two[:, 1] - two[:, 0] > eta
+    wrong = int((said.logits.argmax(1) != full.argmax(1))[clear].sum())
+    confidence = probabilities.max(1)
+    ece = calibration_error(confidence, answers == labels, np.ones((1, len(labels))))[0]
+    return {
+        "mode": name,
+        **point(scores.rows.mean(), answers, labels, full.argmax(1)),
+        "nll": float(-np.log(of_class).mean()),
+        "ece": float(ece),
+        "ece_floor": calibration_floor(probabilities, np.random.default_rng(0)),
+        "disagreement": wrong / int(clear.sum()),
+        "disagreement_low": clopper_pearson_low(wrong, int(clear.sum())),
+        "within_eta": int((~clear).sum()),
+    }
+
+
+def clopper_pearson_low(hits: int, count: int) -> float:
+    """Lower bound of a rate, one-sided, with `CONFIDENCE`."""
+    from scipy.stats import beta
+
+    return float(beta.ppf(1 - CONFIDENCE, hits, count - hits + 1)) if hits else 0.0
+
+
+def matched(curve: list[dict], ours: list[dict], error: float, measure: str) -> dict:
+    """The cheapest point of a rule within one standard error of its own best, and our cheapest that is as good as that point."""
+    best = max(entry[measure] for entry in curve)
+    theirs = min((entry for entry in curve if entry[measure] >= best - error), key=lambda entry: entry["rows"])
+    good = [entry for entry in ours if entry[measure] >= theirs[measure]]
+    own = min(good, key=lambda entry: entry["rows"]) if good else None
+    return {"theirs": theirs, "ours": own, "ratio": theirs["rows"] / own["rows"] if own else None}
+
+
+# Seconds
+
+
+class PlainLoop:
+    """As published: one image at a time, `CALL` rows a call, float32, a wait after each."""
+
+    def __init__(self, pipe: MedSDPipeline, latents: torch.Tensor) -> None:
+        self.pipe, self.schedule = pipe, pipe.noise_schedule
+        self.conditions = pipe.encode_prompts(pipe.data.prompts)
+        self.plan = even_plan(pipe, latents)
+
+    @torch.no_grad()
+    def errors(self, latent: torch.Tensor, classes: list[int], pairs: np.ndarray) -> np.ndarray:
+        """`(classes, pairs)`."""
+        rows = [(label, int(pair)) for label in classes for pair in pairs]
+        found = []
+        for start in range(0, len(rows), CALL):
+            label, pair = (torch.tensor(column) for column in zip(*rows[start : start + CALL], strict=True))
+            timesteps, device = self.plan.timesteps[pair], latent.device
+            arguments = (latent.expand(len(pair), -1, -1, -1), self.plan.noise[pair].to(device), timesteps.to(device))
+            errors = denoising_error(self.pipe._predict, self.schedule, *arguments, self.conditions[label.to(device)])
+            found += (errors * epsilon_error_factor(self.schedule, timesteps).to(device)).tolist()
+        return np.array(found).reshape(len(classes), len(pairs))
+
+    def staged(self, image: np.ndarray) -> int:
+        """The published schedule."""
+        latent = self.pipe.encode_images([image])
+        left, (first, second) = list(range(len(self.conditions))), PUBLISHED["staged"]
+        means = self.errors(latent, left, spread(first)).mean(1)
+        left = [left[index] for index in means.argsort()[: -(-len(left) // 2)]]
+        rest = self.errors(latent, left, spread(second)[: second - first])
+        return left[int(rest.mean(1).argmin())]
+
+
+def timed(pipe: MedSDPipeline, images: list[np.ndarray], turns: int) -> dict:
+    """Seconds an image of each way, in turns; and rows/s of the engine against the plain loop on the same rows."""
+    loop = PlainLoop(pipe, pipe.encode_images(images[:1]))
+    everything = list(range(len(loop.conditions)))
+    ways: dict[str, Callable[[list[np.ndarray]], object]] = {
+        "staged, published": lambda part: [loop.staged(image) for image in part],
+        "ours, decide 0.05": lambda part: pipe.classify(part, mode="decide", delta=0.05, max_pairs=PAIRS),
+        "ours, decide 0.01": lambda part: pipe.classify(part, mode="decide", delta=0.01, max_pairs=PAIRS),
+        "ours, posterior": lambda part: pipe.classify(part, mode="posterior", max_pairs=PAIRS),
+        "plain loop, same rows": lambda part: [loop.errors(pipe.encode_images([one]), everything, spread(PAIRS)) for one in part],
+        "engine fp32, same rows": lambda part: pipe.classify(part, mode="full", max_pairs=PAIRS, precision="fp32"),
+        "engine, same rows": lambda part: pipe.classify(part, mode="full", max_pairs=PAIRS),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for part in shares(images, turns):
+        for name, way in ways.items():
+            before = time.perf_counter()
+            way(part)
+            seconds[name].append((time.perf_counter() - before) / len(part))
+        print({name: round(values[-1], 3) for name, values in seconds.items()}, flush=True)
+    ratios = {
+        "published against decide 0.05": ("staged, published", "ours, decide 0.05"),
+        "published against decide 0.01": ("staged, published", "ours, decide 0.01"),
+        "published against posterior": ("staged, published", "ours, posterior"),
+        "plain loop against engine": ("plain loop, same rows", "engine, same rows"),
+        "plain loop against engine fp32": ("plain loop, same rows", "engine fp32, same rows"),
+    }
+    medians = {name: ratio(seconds[slow], seconds[fast]) for name, (slow, fast) in ratios.items()}
+    return {"images": len(images), "seconds": seconds, "ratios": medians}
+
+
+def shares(images: list[np.ndarray], turns: int) -> Iterator[list[np.ndarray]]:
+    for turn in range(turns):
+        yield images[turn::turns]
+
+
+def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
+    """Median of the turns' ratios, the smallest and the largest."""
+    ratios = np.array(slow) / np.array(fast)
+    return {"median": float(np.median(ratios)), "low": float(ratios.min()), "high": float(ratios.max())}
+
+
+def figure(curves: dict[str, list[dict]], ours: list[dict], file: Path) -> None:
+    """Accuracy, agreement and our NLL against rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawn, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for axis, measure in zip(axes, ("accuracy", "agreement", "nll"), strict=True):
+        for name, curve in curves.items() if measure != "nll" else ():
+            axis.plot([entry["rows"] for entry in curve], [entry[measure] for entry in curve], label=name, marker=".")
+        axis.plot([entry["rows"] for entry in ours], [entry[measure] for entry in ours], label="medsd", marker="o", color="black")
+        axis.set(
+            xscale="log", xlabel="UNet rows an image", ylabel={"agreement": "agreement with the rule's full budget"}.get(measure, measure)
+        )
+    axes[0].legend()
+    drawn.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", default="runs/phantom/unet")
+    parser.add_argument("--dataset_name", default="runs/exam/data")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the stored losses and the results")
+    parser.add_argument("--images", type=int, default=1000, help="of the curves")
+    parser.add_argument("--timed_images", type=int, default=50)
+    parser.add_argument("--turns", type=int, default=5)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    pipe = MedSDPipeline.from_pretrained(options.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
+    rows = load_dataset(options.dataset_name, options.split)
+    rows = rows.select(stratified(np.array(rows["label"]), rows["key"], options.images, 0))
+    labels, images = np.array(rows["label"]), list(rows["image"])
+    calibration = pipe.info.calibration
+    result = {"date": date.today().isoformat(), "torch": torch.__version__, "device": str(pipe.device), "images": len(images)}
+    if options.timed_images:
+        result["timed"] = timed(pipe, images[: options.timed_images], options.turns)
+        print(json.dumps(result["timed"]["ratios"], indent=1), flush=True)
+    even, own = grids(pipe, images, options.work)
+    curves, ours = published_curves(even, labels), our_curve(own, labels, calibration)
+    nll = {name: published_nll(even, labels, count) for name, count in (("mean of 64 even pairs", 64), ("mean of 500", GRID))}
+    error = float(np.sqrt(0.25 / len(labels)))
+    error = float(np.sqrt(ours[-1]["accuracy"] * (1 - ours[-1]["accuracy"]) / len(labels)))
+    result |= {"curves": curves, "ours": ours, "nll of uncalibrated uniform scores": nll, "standard_error": error}
+    for measure in ("accuracy", "agreement"):
+        result[f"matched {measure}"] = {name: matched(curve, ours, error, measure) for name, curve in curves.items()}
+    (options.work / "classifier.json").write_text(json.dumps(result, indent=1) + "\n")
+    figure(curves, ours, options.work / "classifier.png")
+    report(result)
+
+
+def published_nll(losses: np.ndarray, labels: np.ndarray, count: int) -> float:
+    """Of the softmax of log-likelihoods as they are."""
+    return float(-log_softmax(-losses[:, :, spread(count)].mean(2).astype(np.float64))[np.arange(len(labels)), labels].mean())
+
+
+def report(result: dict) -> None:
+    for entry in result["ours"]:
+        print({name: round(value, 4) if isinstance(value, float) else value for name, value in entry.items()})
+    for measure in ("accuracy", "agreement"):
+        for name, found in result[f"matched {measure}"].items():
+            print(
+                f"matched {measure}, {name}:",
+                {key: found[key] for key in ("ratio",)},
+                found["theirs"],
+                found["ours"] and found["ours"]["rows"],
+            )
+
+
+if __name__ == "__main__":
+    main()
