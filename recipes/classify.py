@@ -207,12 +207,12 @@ def read_prior(file: Path) -> dict[str, float]:
     import yaml
 
     try:
-        given = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        given = {str(name): float(value) for name, value in yaml.safe_load(file.read_text()).items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"--prior {file} cannot be read: uniform, train, or a YAML file of CLASS: PROBABILITY is expected") from error
-    if not isinstance(given, dict) or not all(isinstance(value, int | float) and value > 0 for value in given.values()):
-        raise InputError(f"--prior {file}: a line CLASS: PROBABILITY for each class is expected, above 0")
-    return {str(name): float(value) for name, value in given.items()}
+    if min(given.values()) <= 0:
+        raise InputError(f"--prior {file}: probabilities must be above 0; they are brought to a sum of 1")
+    return given
 
 
 def training_hypotheses(config: ClassifyConfig, pipe: "MedSDPipeline") -> Any:

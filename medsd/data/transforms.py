@@ -151,9 +151,9 @@ def recorded_ranges(dataset: Any) -> np.ndarray | None:
 
 
 def row_labels(dataset: Any) -> np.ndarray:
-    """The class index of every row `(N,)`, or its findings `(N, K)` of 0 and 1."""
+    """The class index of every row `(N,)`, or its findings `(N, K)` of 0 and 1; -1 where a row has none."""
     if "labels" not in dataset.column_names:
-        return column(dataset, "label").to_numpy()
+        return column(dataset, "label").fill_null(-1).to_numpy()
     return _findings(column(dataset, "labels"))
 
 
@@ -291,8 +291,10 @@ def _masks(stored: Any, side: tuple[int, int]) -> np.ndarray:
 
 
 def _findings(labels: Any) -> np.ndarray:
-    """Arrow lists of 0 and 1 -> `(B, K)`."""
-    return np.asarray(labels.to_pylist(), np.int64)
+    """Arrow lists of 0 and 1 -> `(B, K)`; -1 in the row of a null."""
+    rows = labels.to_pylist()
+    unknown = [-1] * max((len(row) for row in rows if row is not None), default=0)
+    return np.asarray([unknown if row is None else row for row in rows], np.int64)
 
 
 def _ranges(ranges: Any) -> np.ndarray:
