@@ -4,11 +4,11 @@
     python recipes/classify.py                                             # calibrates runs/phantom/unet on its validation split
     python benchmarks/classifier.py --pipeline runs/phantom/unet --dataset_name runs/exam/data --work /tmp/classifier
 
-*Staged elimination* (Li et al., ICCV 2023, algorithm 2 and the released settings): evenly spaced timesteps, one noise each, shared by
-classes and images, equal weights; after n1 pairs the better half of the classes stays, after n2 the best one; (50, 500) as published. *Random* (Favero
-et al., MIDL 2025): n random timesteps, the same for all classes; the mean or a majority vote; 501 as published. Both run as published: one image at a
-time, 32 rows a call, float32, one wait for the device a call. Their curves are n1, n2 and n scaled down. *Ours* is
-`MedSDPipeline.classify`, as calibrated, with plans of up to 64 pairs.
+*Staged elimination* (Li et al., ICCV 2023, algorithm 2 and the released settings): evenly spaced timesteps, one noise each, shared
+by classes and images, equal weights; after n1 pairs the better half of the classes stays, after n2 the best one; (50, 500) as
+published. *Random* (Favero et al., MIDL 2025): n random timesteps, the same for all classes; the mean or a majority vote; 501 as
+published. Both run as published: one image at a time, 32 rows a call, float32, one wait for the device a call. Their curves are n1, n2
+and n scaled down. *Ours* is `MedSDPipeline.classify`, as calibrated, with plans of up to 64 pairs.
 
 Curves come from stored losses of every image, class and pair (`grid.npz`, an hour on two cores, goes on where it stopped); seconds from
 turns, in which each way scores the same images one after the other. Writes classifier.json and classifier.png.
@@ -32,6 +32,7 @@ from medsd.inference.fitting import CONFIDENCE
 from medsd.inference.likelihood import Scores, posterior, score_classes
 from medsd.inference.plan import Plan, nats_per_error, pair_noise
 from medsd.inference.race import Decide, Settle, certified_level, replay
+from medsd.inference.scoring import fast_precision
 from medsd.objectives.diffusion import denoising_error, epsilon_error_factor
 
 PUBLISHED = {"staged": (50, 500), "random": 501}
@@ -206,7 +207,7 @@ def timed(pipe: MedSDPipeline, images: list[np.ndarray], turns: int) -> dict:
         "ours, posterior": lambda part: pipe.classify(part, mode="posterior", max_pairs=PAIRS),
         "plain loop, same rows": lambda part: [loop.errors(pipe.encode_images([one]), everything, spread(PAIRS)) for one in part],
         "engine fp32, same rows": lambda part: pipe.classify(part, mode="full", max_pairs=PAIRS, precision="fp32"),
-        "engine, same rows": lambda part: pipe.classify(part, mode="full", max_pairs=PAIRS),
+        "engine, same rows": lambda part: pipe.classify(part, mode="full", max_pairs=PAIRS, precision=fast_precision(pipe.device)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for part in shares(images, turns):
@@ -279,7 +280,6 @@ def main() -> None:
     even, own = grids(pipe, images, options.work)
     curves, ours = published_curves(even, labels), our_curve(own, labels, calibration)
     nll = {name: published_nll(even, labels, count) for name, count in (("mean of 64 even pairs", 64), ("mean of 500", GRID))}
-    error = float(np.sqrt(0.25 / len(labels)))
     error = float(np.sqrt(ours[-1]["accuracy"] * (1 - ours[-1]["accuracy"]) / len(labels)))
     result |= {"curves": curves, "ours": ours, "nll of uncalibrated uniform scores": nll, "standard_error": error}
     for measure in ("accuracy", "agreement"):

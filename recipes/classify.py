@@ -45,6 +45,8 @@ def main(config: ClassifyConfig) -> None:
     accelerator = start_processes()
     pipe = MedSDPipeline.from_pretrained(config.pipeline).to(accelerator.device)
     check_fit(config, pipe)
+    if config.compile:
+        pipe.compile_scoring()
     calibrate(config, pipe, accelerator)
     rows, labels = chosen_rows(config, pipe, config.split, config.max_samples)
     prior = class_prior(config, pipe)
@@ -229,7 +231,7 @@ def settings(config: ClassifyConfig, pipe: "MedSDPipeline", prior: "np.ndarray |
     """All that determines an image's score; the batch size is rounded to one that does not."""
     from medsd.data.dataset import load_info
 
-    names = ("mode", "weighting", "max_pairs", "delta", "seed")
+    names = ("mode", "weighting", "max_pairs", "delta", "seed", "compile")
     fixed = {name: getattr(config, name) for name in names} | {"prior": None if prior is None else prior.tolist()}
     fixed |= {"data": load_info(config.dataset_name).fingerprint, "label_map": list(config.label_map)}
     calibration = pipe.info.calibration

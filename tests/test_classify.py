@@ -238,3 +238,12 @@ def test_patients_of_the_training_data_are_warned_of(run, phantom_data, tmp_path
     score(run, other, tmp_path / "scores", split="train", calibrate="none", max_samples=12)
     assert "patients are among those that the pipeline was trained on" in capsys.readouterr().out
     assert metrics(tmp_path / "scores")["n"] == 12
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_scores_nearly_the_same(run, phantom_data):
+    pipe, images = MedSDPipeline.from_pretrained(run), load_dataset(phantom_data, "test")[:4]["image"]
+    plain = pipe.classify(images, mode="full", max_pairs=4, precision="fp32").log_likelihoods
+    pipe.compile_scoring()
+    compiled = pipe.classify(images, mode="full", max_pairs=4, precision="fp32").log_likelihoods
+    assert pipe._compiled is not None and np.abs(compiled - plain).max() < 1e-3 * np.abs(plain).max()

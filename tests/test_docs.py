@@ -53,3 +53,11 @@ def test_every_picture_of_the_readme_is_there():
 
 def test_every_recipe_has_a_section():
     assert set(SECTIONS) == {path.stem for path in (REPOSITORY / "recipes").glob("*.py")}
+
+
+def test_a_foreign_unet_classifies_as_the_docs_say():
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "classifier.md").read_text(), re.DOTALL)
+    names = {}
+    exec(next(block for block in blocks if "def predict" in block), names)
+    assert names["probabilities"].shape == (12, 3)
+    assert names["probabilities"].sum(1) == pytest.approx(1)

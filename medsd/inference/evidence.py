@@ -9,17 +9,26 @@ from medsd.inference.likelihood import ROWS, Predict
 from medsd.inference.plan import Plan
 from medsd.objectives.diffusion import denoising_elements
 
+BLUR = 0.025
+"""Standard deviation of a map's blur, over the image's side: single pixels say more of the noise than of the class."""
+
 
 @dataclass(frozen=True)
 class Evidence:
     """Of one image, at the model's resolution R."""
 
     map: np.ndarray
-    """`(R, R)` nats: what each pixel says for `class_name` and not for `against`; their sum is the log-likelihoods' difference."""
+    """`(R, R)` nats: what each pixel says for `class_name` and not for `against`, blurred; the sum is the log-likelihoods' difference."""
     image: np.ndarray
     """`(C, R, R)` in `[-1, 1]`, as the model sees it."""
     class_name: str
     against: str
+
+    @property
+    def peak(self) -> tuple[int, int]:
+        """Row and column of the pixel that speaks loudest for `class_name`."""
+        row, column = np.unravel_index(self.map.argmax(), self.map.shape)
+        return int(row), int(column)
 
 
 @torch.no_grad()

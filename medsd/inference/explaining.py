@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from medsd.data.transforms import to_unit
 from medsd.errors import InputError
-from medsd.inference.evidence import Evidence, element_evidence
+from medsd.inference.evidence import BLUR, Evidence, element_evidence
 from medsd.inference.plan import pair_noise
 from medsd.inference.scoring import ScoringMixin
 
@@ -37,7 +38,9 @@ class ExplainingMixin(ScoringMixin):
         conditions = self.encode_prompts([self._prompt_of(class_name), self._prompt_of(against)])
         plan = self._plan(latents, max_pairs, None, seed, self.info.calibration)
         elements = element_evidence(self._predict, self.noise_schedule, latents[0], conditions, plan, self.batch_rows())
-        return Evidence(self.codec.spread(elements).cpu().numpy(), self._unit(image, ranges), class_name, against or "")
+        pixels = self.codec.spread(elements).cpu().numpy()
+        blurred = gaussian_filter(pixels, BLUR * len(pixels), mode="reflect")
+        return Evidence(blurred, self._unit(image, ranges), class_name, against or "")
 
     @torch.no_grad()
     def counterfactual(
