@@ -109,6 +109,19 @@ def test_pixels_codec_is_exact():
     torch.testing.assert_close(codec.decode(latents), images)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_elements_say_is_spread_over_pixels_without_loss(channels):
+    """An element of a latent lies where its pixels are, and the sum stays."""
+    for codec in (PixelCodec(channels, 4, 0.1, 0.6), KLCodec(small_vae(channels), channels)):
+        elements = torch.randn(codec.latent_channels, 8, 8)
+        pixels = codec.spread(elements)
+        assert pixels.shape == (8 * codec.factor,) * 2
+        torch.testing.assert_close(pixels.sum(), elements.sum(), rtol=1e-4, atol=1e-4)
+        one = torch.zeros_like(elements)
+        one[:, 2, 5] = 1
+        assert torch.nonzero(codec.spread(one))[:, 0].float().mean() == pytest.approx(2.5 * codec.factor - 0.5)
+
+
 def test_folder_round_trip_keeps_scores(info, images, tmp_path):
     pipe = pipeline(info)
     pipe.info = replace(pipe.info, calibration=Calibration(120.0, (0.1, -0.1, 0.0, 0.0, 0.0, 0.0)))
