@@ -32,9 +32,7 @@ def main() -> None:
         evidence = pipe.evidence(row["image"], name, options.against, ranges=recorded_ranges(rows.select([index])))
         inside[name].append(bool(row["mask"][0][evidence.peak]))
     every = [hit for hits in inside.values() for hit in hits]
-    print(
-        f"{len(right)} of {len(rows)} images with a bleed are classified rightly; the evidence's peak lies in the bleed: {np.mean(every):.3f}"
-    )
+    print(f"{len(right)} of {len(rows)} images with a bleed are classified rightly; the peak lies in it: {np.mean(every):.3f}")
     for name, hits in inside.items():
         if hits:
             print(f"  {name:<18} {np.mean(hits):.3f} of {len(hits)}")

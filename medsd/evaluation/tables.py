@@ -39,12 +39,12 @@ def group_table(
     names: Sequence[str],
     temperature: float | None,
     rule: str,
-    prior: Floats,
+    prior: Floats | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """A `pyarrow.Table` with a row per group (`patient` or `series`), and `UNIT_auroc`, `UNIT_accuracy` with their intervals.
 
-    Classes: `join_classes` with this temperature, None for the mean. Findings `(N, K)`: `join_findings` by this rule; a group has a finding
-    where one of its images has it.
+    Classes: `join_classes` with this temperature, None for the mean, of probabilities under `prior` (default uniform). Findings `(N, K)`:
+    `join_findings` by this rule; a group has a finding where one of its images has it.
     """
     import pyarrow
 
@@ -53,7 +53,7 @@ def group_table(
         joined = join_findings(probabilities, group_of, rule)
         of_group = any_findings(labels, group_of)
     else:
-        logits = np.log(np.clip(probabilities, SMALLEST_PROBABILITY, None)) - np.log(prior)
+        logits = np.log(np.clip(probabilities, SMALLEST_PROBABILITY, None)) - (0 if prior is None else np.log(prior))
         joined = join_classes(logits, group_of, temperature, prior)
         of_group = common_labels(labels, group_of)
     metrics = class_metrics(joined, of_group, names, ids.tolist())

@@ -53,6 +53,15 @@ class Calibration:
         weighted = losses * np.array(self.weights)[(places * len(self.weights)).astype(int)]
         return np.where(np.isnan(weighted), np.nan, weighted > _smallest(weighted)) if self.vote else weighted
 
+    def described(self) -> str:
+        """One line about what was fitted, and on what."""
+        chosen = self.report["weighting"]
+        both = sum(self.proposal.antithetic) / len(self.proposal.antithetic)
+        return (
+            f"calibrated on {self.report['images']} images: temperature {self.temperature:.3g}, weights {chosen} (cross-validated NLL "
+            f"{self.report['candidates'][chosen]['nll']:.3f}), opposite noises in {both:.0%} of the timesteps, {self.precision}"
+        )
+
     @classmethod
     def none(cls, classes: int) -> "Calibration":
         """Leaves losses as they are."""

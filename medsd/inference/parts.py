@@ -7,9 +7,44 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from medsd.inference.scoring import ClassifyOutput
 from medsd.output import write_text
 
 SETTINGS = "settings.json"
+NO_FINDING = "no finding"
+
+
+def score_columns(
+    output: ClassifyOutput, names: Sequence[str], keys: Sequence[str], patients: Sequence[str], labels: np.ndarray
+) -> dict[str, Any]:
+    """Columns of `likelihoods.parquet`; `labels` `(N,)` or `(N, K)` as in `medsd.data.matching.labels_in`."""
+    columns = {
+        "key": keys,
+        "patient_id": patients,
+        "label": _label_names(names, labels),
+        "prediction": output.predictions,
+        "pairs": output.pairs.max(1),
+        "rows": output.rows,
+    }
+    hypotheses = [name or NO_FINDING for name in output.hypotheses]
+    kinds = {
+        "loglik": (hypotheses, output.log_likelihoods),
+        "se": (hypotheses, output.standard_errors),
+        "prob": (names, output.probabilities),
+    }
+    for kind, (of, values) in kinds.items():
+        columns |= {f"{kind}/{name}": values[:, index] for index, name in enumerate(of)}
+    return columns | {"p_flip": output.p_flip, "entropy": output.entropy}
+
+
+def _label_names(names: Sequence[str], labels: np.ndarray) -> list[str | None]:
+    """Class names; of findings those that hold, joined by `|`; None where that is not known."""
+    if labels.ndim == 1:
+        return [names[label] if label >= 0 else None for label in labels]
+    shown = ["|".join(name for name, holds in zip(names, row, strict=True) if holds == 1) for row in labels]
+    return [held if (row >= 0).any() else None for held, row in zip(shown, labels, strict=True)]
 
 
 class Parts:
