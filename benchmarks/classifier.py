@@ -10,11 +10,12 @@ published. *Random* (Favero et al., MIDL 2025): n random timesteps, the same for
 published. Both run as published: one image at a time, 32 rows a call, float32, one wait for the device a call. Their curves are n1, n2
 and n scaled down. *Ours* is `MedSDPipeline.classify`, as calibrated, with plans of up to 64 pairs.
 
-Curves come from stored losses of every image, class and pair (`grid.npz`, an hour on two cores, goes on where it stopped); seconds from
-turns, in which each way scores the same images one after the other. Writes classifier.json and classifier.png.
+Curves come from stored losses of every image, class and pair (an hour on two cores, goes on where it stopped); seconds from turns,
+in which each way scores the same images one after the other. Writes classifier.json and classifier.png.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -28,10 +29,10 @@ from medsd import MedSDPipeline, load_dataset
 from medsd.data.transforms import stratified
 from medsd.evaluation.classification import calibration_error, calibration_floor
 from medsd.inference.calibration import Belief, Calibration, log_softmax
-from medsd.inference.fitting import CONFIDENCE
+from medsd.inference.fitting import CONFIDENCE, LEVELS
 from medsd.inference.likelihood import Scores, posterior, score_classes
 from medsd.inference.plan import Plan, nats_per_error, pair_noise
-from medsd.inference.race import Decide, Settle, certified_level, replay
+from medsd.inference.race import Decide, Rule, Settle, certified_level, replay
 from medsd.inference.scoring import fast_precision
 from medsd.objectives.diffusion import denoising_error, epsilon_error_factor
 
@@ -52,23 +53,33 @@ def even_plan(pipe: MedSDPipeline, latents: torch.Tensor) -> Plan:
 
 def grids(pipe: MedSDPipeline, images: list[np.ndarray], work: Path) -> tuple[np.ndarray, Scores]:
     """Losses of the even plan `(N, K, GRID)`, and our own full scores; what is on disk is not computed again."""
-    even, own, places = [], [], None
+
+    def even(part: list[np.ndarray]) -> Scores:
+        latents, conditions = pipe.encode_images(part), pipe.encode_prompts(pipe.data.prompts)
+        with torch.autocast(latents.device.type, torch.bfloat16):
+            return score_classes(pipe._predict, pipe.noise_schedule, latents, conditions, even_plan(pipe, latents))
+
+    def own(part: list[np.ndarray]) -> Scores:
+        return pipe.classify(part, mode="full", max_pairs=PAIRS).scores
+
+    calibrated = hashlib.sha256(repr(pipe.info.calibration).encode()).hexdigest()[:8]
+    return stored(even, images, work, "even").losses, stored(own, images, work, f"own-{calibrated}")
+
+
+def stored(way: Callable[[list[np.ndarray]], Scores], images: list[np.ndarray], work: Path, name: str) -> Scores:
+    """Scores of all images, some at once, each of them kept in a file."""
+    losses, places = [], np.empty(0)
     for start in range(0, len(images), AT_ONCE):
-        file = work / f"grid-{start:05d}.npz"
+        file, part, before = work / f"{name}-{start:05d}.npz", images[start : start + AT_ONCE], time.perf_counter()
         if not file.is_file():
-            part, before = images[start : start + AT_ONCE], time.perf_counter()
-            ours = pipe.classify(part, mode="full", max_pairs=PAIRS).scores
-            latents, conditions = pipe.encode_images(part), pipe.encode_prompts(pipe.data.prompts)
-            with torch.autocast(latents.device.type, torch.bfloat16):
-                theirs = score_classes(pipe._predict, pipe.noise_schedule, latents, conditions, even_plan(pipe, latents))
-            np.savez(file.with_suffix(".tmp.npz"), even=theirs.losses, own=ours.losses, places=ours.places)
-            file.with_suffix(".tmp.npz").rename(file)
-            print(f"{start + len(part)} of {len(images)} images in {time.perf_counter() - before:.0f} s", flush=True)
-        stored = np.load(file)
-        even.append(stored["even"])
-        own.append(stored["own"])
-        places = stored["places"]
-    return np.concatenate(even), Scores(np.concatenate(own), places)
+            scores = way(part)
+            np.savez(file.with_suffix(".partial.npz"), losses=scores.losses, places=scores.places)
+            file.with_suffix(".partial.npz").rename(file)
+            print(f"{name}: {start + len(part)} of {len(images)} images in {time.perf_counter() - before:.0f} s", flush=True)
+        found = np.load(file)
+        losses.append(found["losses"])
+        places = found["places"]
+    return Scores(np.concatenate(losses), places)
 
 
 def spread(count: int) -> np.ndarray:
@@ -113,9 +124,10 @@ def published_curves(losses: np.ndarray, labels: np.ndarray) -> dict[str, list[d
 
 
 def our_curve(scores: Scores, labels: np.ndarray, calibration: Calibration) -> list[dict]:
-    """`decide` at several delta, then `posterior`, then `full`."""
+    """`decide` at several levels and as delta chooses them, then `posterior`, then `full`."""
     belief, full = Belief(calibration), posterior(scores, calibration)
-    rules = {f"decide {delta}": Decide(certified_level(calibration, delta, PAIRS)) for delta in (0.2, 0.1, 0.05, 0.02, 0.01, 0.001)}
+    rules: dict[str, Rule] = {f"decide at level {level}": Decide(level) for level in reversed(LEVELS)}
+    rules |= {f"decide {delta}": Decide(certified_level(calibration, delta, PAIRS)) for delta in (0.05, 0.01)}
     rules |= {"posterior": Settle()}
     found = []
     for name, rule in rules.items():

@@ -59,18 +59,30 @@ def fit(
     exact, some = score(chosen, plan, "fp32").losses, slice(0, None, 2)
     deviation = 0.0 if fast == "fp32" else half_deviation(exact[some], score(chosen[some], plan, fast).losses, pairs)
     precision = fast if deviation <= LARGEST_DEVIATION else "fp32"
+    places = plan.places.numpy()
+
+    def score_all(proposal: Proposal) -> tuple[np.ndarray, np.ndarray]:
+        planned = make_plan(scheduler, pairs, latent_shape, weighting, seed, proposal)
+        return score(torch.arange(len(answers.numbers)), planned, precision).losses, planned.places.numpy()
+
     proposal = fit_proposal(exact)
-    plan = make_plan(scheduler, pairs, latent_shape, weighting, seed, proposal)
-    losses, places = score(torch.arange(len(answers.numbers)), plan, precision).losses, plan.places.numpy()
+    found = score_all(proposal)
     candidates = {
         weighting: Weighting(),
         "min_snr": Weighting(min_snr_stretches(scheduler)),
         "fitted": Weighting(fitted=True),
         "vote": Weighting(vote=True),
     }
-    name, found = choose_weighting(candidates, losses, places, answers)
-    report = {"weighting": name, "candidates": found, "images": len(answers.numbers), f"deviation of {fast}": deviation}
-    made = replace(candidates[name].fit(losses, places, answers), weighting=weighting, proposal=proposal, pairs=pairs, precision=precision)
+    name, compared = choose_weighting(candidates, *found, answers)
+    report = {"weighting": name, "candidates": compared, "images": len(answers.numbers), f"deviation of {fast}": deviation}
+    made = candidates[name].fit(*found, answers)
+    if len(made.weights) > 1:
+        # The pairs follow the weights, which are kept.
+        proposal = fit_proposal(made.losses(exact, places))
+        found = score_all(proposal)
+        made = Weighting(made.weights).fit(*found, answers)
+    losses, places = found
+    made = replace(made, weighting=weighting, proposal=proposal, pairs=pairs, precision=precision)
     made = fit_groups(made, -Belief(made).nats(losses, places).mean(2), answers)
     return replace(made, risks=race_risks(losses, places, Belief(made, answers.prior)), report=report)
 

@@ -59,8 +59,8 @@ class Decide:
     """Whether an image's classes only go all at once, as votes among all classes need."""
 
     def looks(self, pairs: int) -> list[int]:
-        """2, 4, 8, ..., `pairs`."""
-        return doubling(2, pairs)
+        """2, 3, 4, 6, 8, 12, ..., `pairs`."""
+        return often(2, pairs)
 
     def unsettled(self, losses: np.ndarray, active: np.ndarray, pairs: int) -> np.ndarray:
         """Classes within the radius of the leader; none where that is the leader alone."""
@@ -81,7 +81,7 @@ def certified_level(calibration: Calibration, delta: float, pairs: int) -> float
     The largest whose measured risk, and that of all smaller ones, is below delta (fixed-sequence testing, Angelopoulos et al., 2021);
     without one, Bonferroni's for all comparisons of an image, which is smaller.
     """
-    classes, looks = len(calibration.bias), len(doubling(2, pairs))
+    classes, looks = len(calibration.bias), len(often(2, pairs))
     level = delta / (max(classes - 1, 1) * looks)
     for measured, risk in calibration.risks if calibration.pairs == pairs else ():
         if risk > delta:
@@ -98,8 +98,8 @@ class Settle:
     together: bool = False
 
     def looks(self, pairs: int) -> list[int]:
-        """4, 8, 16, ..., `pairs`."""
-        return doubling(4, pairs)
+        """4, 6, 8, 12, 16, ..., `pairs`."""
+        return often(4, pairs)
 
     def unsettled(self, losses: np.ndarray, active: np.ndarray, pairs: int) -> np.ndarray:
         """Classes whose difference is neither known nor surely negligible, and the leader with them."""
@@ -135,13 +135,10 @@ def replay(losses: np.ndarray, places: np.ndarray, rule: Rule, belief: Belief) -
     return race(lambda rows: losses[rows[:, 0], rows[:, 2], rows[:, 1]], *losses.shape[:2], places, rule, belief)
 
 
-def doubling(first: int, pairs: int) -> list[int]:
-    """first, 2 first, 4 first, ... and at last `pairs`."""
-    looks = []
-    while first < pairs:
-        looks.append(first)
-        first *= 2
-    return [*looks, pairs]
+def often(first: int, pairs: int) -> list[int]:
+    """first, half as many more, twice as many, ...: 2, 3, 4, 6, 8, 12, ...; and at last `pairs`."""
+    looks = {step for power in range(pairs.bit_length()) for step in (first << power, (first << power) * 3 // 2)}
+    return sorted({look for look in looks if look < pairs} | {pairs})
 
 
 def differences_to_leader(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
