@@ -49,11 +49,11 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-18 for small images: a 3 x 3 stem without pooling."""
+    """ResNet-18 for small images: a 3 x 3 stem without pooling, which halves images of more than 32 px."""
 
-    def __init__(self, channels: int, classes: int, width: int = 32) -> None:
+    def __init__(self, channels: int, classes: int, side: int, width: int = 32) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(channels, width, 3, 1 + (side > 32), 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         widths = [width, width, 2 * width, 4 * width, 8 * width]
         levels = zip(widths, widths[1:], (1, 2, 2, 2), strict=False)
         self.body = nn.Sequential(*(layer for a, b, stride in levels for layer in (Block(a, b, stride), Block(b, b, 1))))
@@ -91,7 +91,7 @@ def read(dataset_name: str, split: str) -> Part:
 def train(train_part: Part, validation: Part, classes: int, seed: int) -> ResNet:
     """With shift and rotation, until validation AUROC has not risen for `PATIENCE` epochs; the best epoch's weights."""
     torch.manual_seed(seed)
-    model, draws = ResNet(train_part.images.shape[1], classes), torch.Generator().manual_seed(seed)
+    model, draws = ResNet(train_part.images.shape[1], classes, train_part.images.shape[-1]), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     steps = EPOCHS * (len(train_part.labels) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)

@@ -149,12 +149,11 @@ def posterior(scores: Scores, calibration: Calibration | None = None, prior: np.
     probabilities are averaged; all of the plan moves nothing, so that a calibration fitted on full plans holds.
     """
     belief = Belief(calibration or Calibration.none(scores.losses.shape[1]), prior)
-    losses = belief.nats(scores.losses, scores.places)
-    leader, means, differences = differences_to_leader(losses)
+    leader, means, differences = differences_to_leader(belief.nats(scores.losses, scores.places))
     variance = variance_of_mean(differences)
     remaining = np.sqrt(variance * (1 - scores.pairs / len(scores.places)))
-    draws = np.random.default_rng(0).standard_normal((DRAWS, losses.shape[1]))
-    logits = -means
-    probabilities = np.exp(log_softmax(logits[:, None] + remaining[:, None] * draws)).mean(1)
-    endless = (logits[:, None] + np.sqrt(variance)[:, None] * draws).argmax(2)
-    return Posterior(probabilities, logits, np.sqrt(variance), (endless != leader[:, None]).mean(1))
+    draws = np.random.default_rng(0).standard_normal((DRAWS, len(belief.favour)))
+    averaged = [np.exp(log_softmax(error * draws - mean)).mean(0) for mean, error in zip(means, remaining, strict=True)]
+    endless = [(error * draws - mean).argmax(1) for mean, error in zip(means, np.sqrt(variance), strict=True)]
+    flips = (np.array(endless) != leader[:, None]).mean(1)
+    return Posterior(np.array(averaged), -means, np.sqrt(variance), flips)

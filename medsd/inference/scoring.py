@@ -117,7 +117,7 @@ class ScoringMixin:
         Raises InputError for fewer than two classes, or images that do not fit.
         """
         hypotheses, texts = self._choices(prompts)
-        calibration = self.info.calibration if prompts is None or list(prompts) == self.data.prompts else None
+        calibration = self.info.calibration if texts == self.hypotheses.prompts(self.data) else None
         calibration = calibration if calibration and weighting in {None, calibration.weighting} else None
         if prior is None and prompts is None and self.data.multi_label:
             prior = self.hypotheses.prior()
@@ -281,8 +281,8 @@ class ScoringMixin:
         if self.data.multi_label:
             numbers = self.hypotheses.numbers(np.asarray(labels))
             known = numbers >= 0
-            if not known.any():
-                raise InputError("no image to calibrate on has a set of findings that was seen in training: take others")
+            if known.sum() < 2:
+                raise InputError(f"{known.sum()} images to calibrate on have a set of findings that was seen in training: take more")
             design, prior = self.hypotheses.membership(len(self.class_names)), self.hypotheses.prior()
             return Answers(numbers[known], design, prior, None if groups is None else groups[known]), known
         numbers = np.array([self._class_index(label) for label in labels])
