@@ -7,8 +7,9 @@
 *Staged elimination* (Li et al., ICCV 2023, algorithm 2 and the released settings): evenly spaced timesteps, one noise each, shared
 by classes and images, equal weights; after n1 pairs the better half of the classes stays, after n2 the best one; (50, 500) as
 published. *Random* (Favero et al., MIDL 2025): n random timesteps, the same for all classes; the mean or a majority vote; 501 as
-published. Both run as published: one image at a time, 32 rows a call, float32, one wait for the device a call. Their curves are n1, n2
-and n scaled down. *Ours* is `MedSDPipeline.classify`, as calibrated, with plans of up to 64 pairs.
+published. They are timed as published: one image at a time, 32 rows a call, float32, one wait for the device a call. Their curves are
+n1, n2 and n scaled down, from losses in the half precision that calibration found as good as float32. *Ours* is
+`MedSDPipeline.classify`, as calibrated, with plans of up to 64 pairs.
 
 Curves come from stored losses of every image, class and pair (an hour on two cores, goes on where it stopped); seconds from turns,
 in which each way scores the same images one after the other. Writes classifier.json and classifier.png.
@@ -87,12 +88,18 @@ def spread(count: int) -> np.ndarray:
     return ((np.arange(count) + 0.5) * GRID / count).astype(int)
 
 
+def stages(first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places of both stages: `second` evenly spaced ones of the grid, of which the first stage takes evenly spaced ones."""
+    every = spread(second)
+    return every[((np.arange(first) + 0.5) * second / first).astype(int)], every
+
+
 def staged(losses: np.ndarray, first: int, second: int) -> tuple[np.ndarray, float]:
     """Answers `(N,)`, and rows an image."""
     count, classes, _ = losses.shape
-    kept = -(-classes // 2)
-    order = losses[:, :, spread(first)].mean(2).argsort(1)[:, :kept]
-    better = np.take_along_axis(losses[:, :, spread(second)].mean(2), order, 1).argmin(1)
+    kept, (some, every) = -(-classes // 2), stages(first, second)
+    order = losses[:, :, some].mean(2).argsort(1)[:, :kept]
+    better = np.take_along_axis(losses[:, :, every].mean(2), order, 1).argmin(1)
     return order[np.arange(count), better], first * classes + (second - first) * kept
 
 
@@ -126,9 +133,10 @@ def published_curves(losses: np.ndarray, labels: np.ndarray) -> dict[str, list[d
 def our_curve(scores: Scores, labels: np.ndarray, calibration: Calibration) -> list[dict]:
     """`decide` at several levels and as delta chooses them, then `posterior`, then `full`."""
     belief, full = Belief(calibration), posterior(scores, calibration)
-    rules: dict[str, Rule] = {f"decide at level {level}": Decide(level) for level in reversed(LEVELS)}
-    rules |= {f"decide {delta}": Decide(certified_level(calibration, delta, PAIRS)) for delta in (0.05, 0.01)}
-    rules |= {"posterior": Settle()}
+    usual = calibration.spread
+    rules: dict[str, Rule] = {f"decide at level {level}": Decide(level, spread=usual) for level in reversed(LEVELS)}
+    rules |= {f"decide {delta}": Decide(certified_level(calibration, delta, PAIRS), spread=usual) for delta in (0.05, 0.01)}
+    rules |= {"posterior": Settle(spread=usual)}
     found = []
     for name, rule in rules.items():
         part = Scores(replay(scores.losses, scores.places, rule, belief), scores.places)
@@ -201,11 +209,11 @@ class PlainLoop:
     def staged(self, image: np.ndarray) -> int:
         """The published schedule."""
         latent = self.pipe.encode_images([image])
-        left, (first, second) = list(range(len(self.conditions))), PUBLISHED["staged"]
-        means = self.errors(latent, left, spread(first)).mean(1)
-        left = [left[index] for index in means.argsort()[: -(-len(left) // 2)]]
-        rest = self.errors(latent, left, spread(second)[: second - first])
-        return left[int(rest.mean(1).argmin())]
+        left, (some, every) = list(range(len(self.conditions))), stages(*PUBLISHED["staged"])
+        sums = self.errors(latent, left, some).sum(1)
+        left = [left[index] for index in sums.argsort()[: -(-len(left) // 2)]]
+        rest = self.errors(latent, left, np.setdiff1d(every, some)).sum(1)
+        return left[int((sums[left] + rest).argmin())]
 
 
 def timed(pipe: MedSDPipeline, images: list[np.ndarray], turns: int) -> dict:

@@ -47,13 +47,13 @@ def main(config: ClassifyConfig) -> None:
     check_fit(config, pipe)
     if config.compile:
         pipe.compile_scoring()
-    calibrate(config, pipe, accelerator)
     rows, labels = chosen_rows(config, pipe, config.split, config.max_samples)
     prior = class_prior(config, pipe)
     parts = Parts(output_dir, settings(config, pipe, prior))
     with accelerator.main_process_first():
         if accelerator.is_main_process and (done := parts.begin()):
             print(f"{done} images are scored already: going on")
+    calibrate(config, pipe, accelerator, parts)
     score(config, pipe, accelerator, rows, labels, prior, parts)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -91,33 +91,40 @@ def chosen_rows(config: ClassifyConfig, pipe: "MedSDPipeline", split: str, limit
     return rows, labels_in(pipe.data, rows, names, match_classes(names, pipe.class_names, config.label_map))
 
 
-def calibrate(config: ClassifyConfig, pipe: "MedSDPipeline", accelerator: "Accelerator") -> None:
+def calibrate(config: ClassifyConfig, pipe: "MedSDPipeline", accelerator: "Accelerator", parts: "Parts") -> None:
     """Fit the calibration on the validation split, by the main process for all."""
     from accelerate.utils import broadcast_object_list
 
     from medsd.inference.calibration import Calibration
 
     if config.calibrate == "validation" and accelerator.is_main_process:
-        fit_calibration(config, pipe)
+        if config.split == "validation":
+            print("warning: these images are those that are calibrated on, so the figures are too good")
+        fit_calibration(config, pipe, parts)
     found = [asdict(pipe.info.calibration) if pipe.info.calibration else None]
     made = broadcast_object_list(found)[0]
     pipe.info = replace(pipe.info, calibration=Calibration.from_dict(made) if made else None)
 
 
-def fit_calibration(config: ClassifyConfig, pipe: "MedSDPipeline") -> None:
+def fit_calibration(config: ClassifyConfig, pipe: "MedSDPipeline", parts: "Parts") -> None:
     """By `MedSDPipeline.calibrate`, unless that was done on the very same before; a local pipeline of this very data keeps it."""
     from medsd.data.dataset import load_info
     from medsd.data.transforms import column, recorded_ranges
     from medsd.inference.folder import write_info
 
     rows, labels = chosen_rows(config, pipe, "validation", min(config.max_samples or config.max_calibration, config.max_calibration))
-    known = [index for index, label in enumerate(labels) if label.min() >= 0]
+    failed: list[dict[str, str]] = []
+    known = list(readable(pipe, rows, [index for index, label in enumerate(labels) if label.min() >= 0], failed))
+    if failed:
+        print(f"{len(failed)} of the images to calibrate on cannot be read, such as {failed[0]['key']}: {failed[0]['reason']}")
     rows, fingerprint, unit = rows.select(known), load_info(config.dataset_name).fingerprint, config.group_by or "patient"
     plan = f"{config.weighting}, {config.max_pairs} pairs, seed {config.seed}"
     source = f"{len(rows)} validation images of {fingerprint[:12]}, by {unit}, {plan}"
-    if pipe.info.calibration and pipe.info.calibration.source == source:
-        print("calibrated before, on the same images and pairs")
-        return
+    for kept in (pipe.info.calibration, parts.calibration()):
+        if kept and kept.source == source:
+            print("calibrated before, on the same images and pairs")
+            pipe.info = replace(pipe.info, calibration=kept)
+            return
     with row_bar("scoring validation") as bar:
         calibration = pipe.calibrate(
             list(rows["image"]),
@@ -131,6 +138,7 @@ def fit_calibration(config: ClassifyConfig, pipe: "MedSDPipeline") -> None:
             ranges=recorded_ranges(rows),
         )
     pipe.info = replace(pipe.info, calibration=replace(calibration, source=source))
+    parts.keep(pipe.info.calibration)
     print(calibration.described())
     if config.max_samples is None and Path(config.pipeline).is_dir() and fingerprint == pipe.data.fingerprint:
         write_info(Path(config.pipeline), pipe.info)
@@ -151,17 +159,31 @@ def class_prior(config: ClassifyConfig, pipe: "MedSDPipeline") -> "np.ndarray | 
     if pipe.info.hypotheses is not None:
         return pipe.info.hypotheses.prior()
     _, labels = chosen_rows(config, pipe, "train", None)
-    return count_hypotheses(labels[labels >= 0], len(pipe.class_names)).prior()
+    return count_hypotheses(labels, len(pipe.class_names)).prior()
 
 
 def settings(config: ClassifyConfig, pipe: "MedSDPipeline", prior: "np.ndarray | None") -> dict[str, Any]:
     """All that determines an image's score; the batch size is rounded to one that does not."""
     from medsd.data.dataset import load_info
 
-    fixed = {name: getattr(config, name) for name in ("mode", "weighting", "max_pairs", "delta", "seed", "compile")}
+    names = (
+        "split",
+        "mode",
+        "weighting",
+        "max_pairs",
+        "delta",
+        "seed",
+        "compile",
+        "calibrate",
+        "max_calibration",
+        "max_samples",
+        "group_by",
+    )
+    fixed = {name: getattr(config, name) for name in names} | {"label_map": list(config.label_map), "device": pipe.device.type}
     fixed |= {"prior": None if prior is None else prior.tolist(), "pipeline": pipe.fingerprint()}
-    fixed |= {"data": load_info(config.dataset_name).fingerprint, "label_map": list(config.label_map)}
-    return fixed | {"calibration": asdict(pipe.info.calibration) if pipe.info.calibration else None}
+    fixed |= {"data": load_info(config.dataset_name).fingerprint}
+    kept = config.calibrate == "none" and pipe.info.calibration
+    return fixed | {"calibration": asdict(kept) if kept else None}
 
 
 def score(
@@ -175,6 +197,7 @@ def score(
 ) -> None:
     """Score this process's share of the rows that are not scored yet; the bar counts UNet rows, and its end is estimated."""
     from medsd.data.transforms import column
+    from medsd.inference.likelihood import NotFinite
     from medsd.inference.parts import score_columns
 
     done, keys = parts.keys(), column(rows, "key").to_pylist()
@@ -185,8 +208,12 @@ def score(
             wanted, before, failed = todo[start : start + IMAGES_AT_ONCE], time.perf_counter(), []
             good = list(readable(pipe, rows, wanted, failed))
             columns: dict[str, Any] = {"key": []}
-            if good:
-                output = classify(config, pipe, rows.select(good), prior, bar.update)
+            try:
+                output = classify(config, pipe, rows.select(good), prior, bar.update) if good else None
+            except NotFinite:
+                good = list(finite(config, pipe, rows, good, prior, failed))
+                output = classify(config, pipe, rows.select(good), prior, bar.update) if good else None
+            if output:
                 patients = column(rows.select(good), "patient_id").to_pylist()
                 columns = score_columns(output, pipe.class_names, [keys[index] for index in good], patients, labels[good])
             name = hashlib.sha256("\n".join(keys[index] for index in wanted).encode()).hexdigest()[:16]
@@ -202,6 +229,21 @@ def readable(pipe: "MedSDPipeline", rows: Any, wanted: list[int], failed: list[d
             pipe.fit_image(rows[index]["image"])
         except (InputError, ValueError, TypeError, OSError) as error:
             failed.append({"key": rows.select_columns(["key"])[index]["key"], "reason": " ".join(str(error).split())})
+        else:
+            yield index
+
+
+def finite(
+    config: ClassifyConfig, pipe: "MedSDPipeline", rows: Any, wanted: list[int], prior: "np.ndarray | None", failed: list[dict[str, str]]
+) -> Iterator[int]:
+    """The rows whose images have finite errors, tried one by one; of the others, key and reason go to `failed`."""
+    from medsd.inference.likelihood import NotFinite
+
+    for index in wanted:
+        try:
+            classify(config, pipe, rows.select([index]), prior, lambda rows: None)
+        except NotFinite as error:
+            failed.append({"key": rows.select_columns(["key"])[index]["key"], "reason": str(error)})
         else:
             yield index
 
@@ -258,7 +300,7 @@ def finish(
         if failed:
             (made / "failed.jsonl").write_text("".join(json.dumps(failure) + "\n" for failure in failed))
         if config.evidence:
-            write_evidence(config, pipe, rows, made / "evidence")
+            write_evidence(config, pipe, rows, table, made / "evidence")
         (made / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     parts.remove()
     say(metrics, config.output_dir, training_patients(config, pipe) & set(table["patient_id"].to_pylist()))
@@ -290,7 +332,7 @@ def measure(
     }, groups
 
 
-def write_evidence(config: ClassifyConfig, pipe: "MedSDPipeline", rows: Any, folder: Path) -> None:
+def write_evidence(config: ClassifyConfig, pipe: "MedSDPipeline", rows: Any, table: Any, folder: Path) -> None:
     """For each image of `--keys` (else the first ones): where it speaks for its class and not for the next, as array and overlay."""
     import numpy as np
 
@@ -300,7 +342,9 @@ def write_evidence(config: ClassifyConfig, pipe: "MedSDPipeline", rows: Any, fol
     folder.mkdir()
     for index in range(len(rows) if config.keys else min(len(rows), EVIDENCE_IMAGES)):
         row, ranges = rows[index], recorded_ranges(rows.select([index]))
-        evidence = pipe.evidence(row["image"], max_pairs=config.max_pairs, seed=config.seed, ranges=ranges)
+        likely = sorted(pipe.class_names, key=lambda name, index=index: -table[f"prob/{name}"][index].as_py())
+        against = None if pipe.data.multi_label else likely[1]
+        evidence = pipe.evidence(row["image"], likely[0], against, config.max_pairs, config.seed, ranges)
         name = row["key"].replace("/", "_")
         np.save(folder / f"{name}.npy", evidence.map)
         overlay(evidence.image, evidence.map).save(folder / f"{name}.png")

@@ -316,7 +316,7 @@ def train(
     held_out = HeldOut(pipe, config.dataset_name)
     best = Best(f"validation_{config.best_metric}", config.best_metric == "auroc", config.early_stopping)
     best.check(held_out.names)
-    state.memory |= {"timesteps": sampler.state, "contrast": contrast.state, "best": best.state}
+    state.memory |= {"timesteps": sampler.state, "best": best.state} | contrast.memory
     done, owes_look = resume(accelerator, state, checkpoint, settings, config.allow_config_change)
     with_masks = config.lesion_weight != 1 and not config.cache_latents
     reader = TrainingRows(rows, table.numbers, with_masks, with_images=not config.cache_latents)

@@ -67,7 +67,7 @@ def test_the_scale_follows_the_differences():
 def test_a_difference_that_overflowed_is_not_learnt():
     contrast = contrast_of()
     contrast(lambda condition: torch.full((3,), torch.inf), ERRORS[:, 0], PROMPTS, TIMESTEPS, torch.Generator())
-    assert not contrast.state.any()
+    assert not contrast.memory["contrast"].any()
 
 
 def test_nothing_costs_nothing():

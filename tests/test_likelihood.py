@@ -20,10 +20,10 @@ from medsd.inference.calibration import (
     fit_calibration,
     fit_temperature,
 )
-from medsd.inference.fitting import PILOT_BINS, fit_group_temperature, fit_proposal, race_risks
-from medsd.inference.likelihood import Scores, posterior, score_classes
+from medsd.inference.fitting import PILOT_BINS, fit_group_temperature, fit_proposal, race_risks, upper_bound, usual_spread
+from medsd.inference.likelihood import NotFinite, Scores, posterior, score_classes
 from medsd.inference.plan import Proposal, make_plan
-from medsd.inference.race import Decide, Settle, certified_level, replay
+from medsd.inference.race import Decide, Settle, certified_level, replay, variance_of_mean
 
 DIMENSION = 6
 
@@ -157,6 +157,77 @@ def test_votes_are_never_counted_among_survivors():
     assert (raced.pairs == raced.pairs[:, :1]).all() and raced.rows.mean() < full.rows.mean()
     votes = (full.losses.argmin(1)[:, None] == np.arange(4)[None, :, None]).mean(2)
     np.testing.assert_allclose(-posterior(full, calibration).logits * 0.2, votes.max(1, keepdims=True) - votes, atol=1e-6)
+
+
+def ties(classes, images, pairs=64, seed=0):
+    """Losses `(N, K, P)` of independent normal noise, whose full means are all near each other."""
+    losses = np.random.default_rng(seed).normal(size=(images, classes, pairs))
+    return losses + 0.3 * np.random.default_rng(seed + 1).normal(size=(images, classes, 1))
+
+
+def disagreement(losses, places, rule, belief):
+    """Share of images whose raced answer is not that of all pairs, by more than the rule's eta."""
+    logits = -belief.nats(losses, places).mean(2)
+    raced = Scores(replay(losses, places, rule, belief), places)
+    answers = posterior(raced, belief.calibration).logits.argmax(1)
+    return (logits.max(1) - logits[np.arange(len(logits)), answers] > rule.eta).mean()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 16])
+@pytest.mark.parametrize("delta", [0.05, 0.01])
+def test_the_promise_holds_without_a_calibration_where_classes_nearly_tie(classes, delta):
+    losses, places, belief = ties(classes, 3000), np.arange(64) / 64, Belief(Calibration.none(classes))
+    rule = Decide(certified_level(belief.calibration, delta, 64))
+    assert disagreement(losses, places, rule, belief) <= delta
+    assert np.isfinite(replay(losses, places, rule, belief)).sum() < losses.size
+
+
+@pytest.mark.parametrize("vote", [False, True])
+@pytest.mark.parametrize("delta", [0.1, 0.02])
+def test_the_certified_promise_holds_where_classes_nearly_tie(vote, delta):
+    """On other images than those it was measured on; votes are all or nothing, and agree by chance at first."""
+    places, calibration = np.arange(64) / 64, Calibration(0.05 if vote else 1.0, (0.0,) * 4, vote=vote, pairs=64)
+    measured, losses = ties(4, 1000, seed=10), ties(4, 3000, seed=20)
+    belief = Belief(calibration)
+    calibration = replace(calibration, spread=usual_spread(belief.nats(measured, places), places))
+    calibration = replace(calibration, risks=race_risks(measured, places, Belief(calibration)))
+    rule = Decide(certified_level(calibration, delta, 64), spread=calibration.spread, together=vote)
+    assert disagreement(losses, places, rule, Belief(calibration)) <= 1.2 * delta
+
+
+def test_a_level_that_was_refuted_is_not_taken():
+    refuted = Calibration(1.0, (0.0, 0.0), pairs=64, risks=((1e-5, 0.2), (0.3, 0.4)))
+    assert certified_level(refuted, 0.05, 64) == 0
+    losses, places, belief = ties(2, 10), np.arange(64) / 64, Belief(refuted)
+    assert np.isfinite(replay(losses, places, Decide(0.0), belief)).all()
+    assert certified_level(refuted, 0.25, 64) == 1e-5
+
+
+def test_images_of_a_patient_do_not_count_as_independent():
+    wrong = np.zeros(400, bool)
+    wrong[:20] = True
+    alone, together = upper_bound(wrong, None), upper_bound(wrong, np.arange(400) // 20)
+    assert 0.05 < alone < 0.08 < together
+    assert upper_bound(np.zeros(299, bool), np.arange(299) // 20) == pytest.approx(0.01, abs=2e-4)
+
+
+def test_opposite_noises_are_not_two_independent_pairs():
+    """A difference that depends on the timestep alone: the two pairs of a slot say the same."""
+    generator, slots = np.random.default_rng(0), 8
+    places = np.repeat(np.arange(slots) / slots, 2)
+    differences = np.stack([np.zeros((4000, 2 * slots)), np.repeat(generator.normal(size=(4000, slots)), 2, axis=1)], 1)
+    variance, freedom = variance_of_mean(differences, places)
+    assert variance[:, 1].mean() == pytest.approx(differences.mean(2)[:, 1].var(), rel=0.1)
+    assert (freedom[:, 1] == slots - 1).all() and not variance[:, 0].any()
+    one, _ = variance_of_mean(differences[:, :, :2], places)
+    assert np.isinf(one[:, 1]).all(), "one slot tells nothing of the variance"
+
+
+def test_errors_that_are_not_finite_are_refused():
+    scheduler = schedule()
+    plan = make_plan(scheduler, 4, (1, 1, DIMENSION))
+    with pytest.raises(NotFinite):
+        score_classes(lambda x_t, *_: x_t * torch.nan, scheduler, torch.zeros(2, 1, 1, DIMENSION), torch.zeros(2, 1, 1), plan)
 
 
 def test_a_replayed_race_is_the_race():
@@ -326,7 +397,8 @@ def test_a_proposal_looks_where_classes_differ_and_pairs_noise_where_it_cancels(
 
 
 def test_a_calibration_survives_json():
-    made = Calibration(2.0, (0.1, -0.1), (0.5, 1.5), True, "elbo", PROPOSAL, 64, ((0.01, 0.02),), "bf16", 3.0, {"weighting": "vote"})
+    fitted = {"spread": 2.5, "risks": ((0.01, 0.02),), "group_temperature": 3.0, "report": {"weighting": "vote"}}
+    made = Calibration(2.0, (0.1, -0.1), (0.5, 1.5), True, "elbo", PROPOSAL, 64, precision="bf16", **fitted)
     assert Calibration.from_dict(json.loads(json.dumps(asdict(made)))) == made
 
 

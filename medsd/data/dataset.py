@@ -41,6 +41,8 @@ class DataInfo:
     """sha256 over keys, labels, splits and pixels."""
     multi_label: bool = False
     """Whether several of the classes, or none, can hold in one image: then they are findings."""
+    prompt_template: str | None = None
+    """The prompt with `{label}` in place of what an image shows; None in data that was prepared before it was kept."""
 
     @property
     def intensity_map(self) -> IntensityMap:

@@ -14,6 +14,8 @@ from medsd.data.dataset import DataInfo
 from medsd.data.prompts import listed
 
 MOST_SETS = 32
+UNKNOWN = (-1,)
+"""In place of the set of an image of which something is not known."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Hypotheses:
         if not data.multi_label:
             return data.prompts
         words = data.class_tokens or data.class_names
-        template = data.prompts[0].replace(words[0], "{label}")
+        template = data.prompt_template or data.prompts[0].replace(words[0], "{label}")
         return [template.replace("{label}", listed([words[index] for index in members])) for members in self.sets]
 
     def names(self, class_names: Sequence[str]) -> list[str]:
@@ -62,8 +64,11 @@ class Hypotheses:
 
 
 def count_hypotheses(labels: np.ndarray, classes: int) -> Hypotheses:
-    """Of training labels: every class, for indices `(N,)`; for findings `(N, classes)` of 0 and 1 the `MOST_SETS` most frequent sets."""
-    counted = Counter(_sets(labels))
+    """Of training labels: every class, for indices `(N,)`; for findings `(N, classes)` of 0 and 1 the `MOST_SETS` most frequent sets.
+
+    Images of which something is not known, -1, are left out.
+    """
+    counted = Counter(_sets(labels[labels >= 0] if labels.ndim == 1 else labels[(labels >= 0).all(1)]))
     if labels.ndim == 1:
         return Hypotheses(tuple((index,) for index in range(classes)), tuple(counted[index,] for index in range(classes)))
     often = sorted(counted, key=lambda members: (-counted[members], members))
@@ -74,4 +79,4 @@ def count_hypotheses(labels: np.ndarray, classes: int) -> Hypotheses:
 def _sets(labels: np.ndarray) -> list[tuple[int, ...]]:
     if labels.ndim == 1:
         return [(int(label),) for label in labels]
-    return [tuple(int(index) for index in np.flatnonzero(row)) for row in labels]
+    return [tuple(int(index) for index in np.flatnonzero(row)) if (row >= 0).all() else UNKNOWN for row in labels]

@@ -42,7 +42,8 @@ def labels_in(pipeline: DataInfo, rows: Any, names: Sequence[str], matched: Mapp
     shown = labels if labels.ndim == 2 else np.where(labels[:, None] < 0, -1, np.arange(len(names)) == labels[:, None])
     findings = np.full((len(rows), len(ours)), -1)
     for theirs, target in matched.items():
-        findings[:, ours.index(target)] = shown[:, list(names).index(theirs)]
+        place = ours.index(target)
+        findings[:, place] = np.maximum(findings[:, place], shown[:, list(names).index(theirs)])
     if pipeline.multi_label:
         return findings
     return np.where((findings == 1).sum(1) == 1, findings.argmax(1), -1)

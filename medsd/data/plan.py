@@ -203,6 +203,7 @@ def describe(plan: Plan, options: PrepareOptions) -> DataInfo:
         unit="HU" if is_ct(plan.table) or isinstance(options.intensity, Windows) else "grey value",
         fingerprint=hashlib.sha256("\n".join(content).encode()).hexdigest(),
         multi_label=options.multi_label,
+        prompt_template=options.template,
     )
 
 

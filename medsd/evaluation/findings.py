@@ -4,7 +4,7 @@ A *cell* is one image and one finding: it holds, does not, or is not known. Word
 `medsd.evaluation.classification`, whose statistics these are, by finding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -83,7 +83,7 @@ def _statistics(probabilities: Floats, labels: NDArray, names: Sequence[str], we
     right = (probabilities > 0.5) == holds
     ranked = {"auroc": auroc, "average_precision": average_precision}
     of_each = {
-        kind: np.stack([statistic(probabilities[k, f], holds[k, f], weights[:, k]) for f, k in enumerate(known.T)], 1)
+        kind: np.stack([_of_known(statistic, probabilities[k, f], holds[k, f], weights[:, k]) for f, k in enumerate(known.T)], 1)
         for kind, statistic in ranked.items()
     }
     cells = np.repeat(weights, known.sum(1), axis=1)
@@ -100,6 +100,11 @@ def _statistics(probabilities: Floats, labels: NDArray, names: Sequence[str], we
         "aurc": risk_coverage_area(confidence, ~right_cells, cells),
         **{f"{kind}/{name}": column for kind, values in of_each.items() for name, column in zip(names, values.T, strict=True)},
     }
+
+
+def _of_known(statistic: Callable[..., Floats], scores: Floats, holds: NDArray, weights: Floats) -> Floats:
+    """A ranking `(R,)` over the images whose value is known; NaN where there is none."""
+    return statistic(scores, holds, weights) if len(scores) else np.full(len(weights), np.nan)
 
 
 def _balanced(right: NDArray, holds: NDArray, known: NDArray, weights: Floats) -> Floats:

@@ -58,12 +58,13 @@ def group_table(
         of_group = common_labels(labels, group_of)
     metrics = class_metrics(joined, of_group, names, ids.tolist())
     mixed = len(set(group_of[labels >= 0])) - (of_group >= 0).sum() if labels.ndim == 1 else 0
-    found: dict[str, Any] = {"reasons": metrics["reasons"]}
-    for name in ("auroc", "accuracy"):
-        for suffix in ("", "_ci"):
-            found[f"{unit}_{name}{suffix}"] = None if mixed else metrics[f"{name}{suffix}"]
-            if mixed:
-                found["reasons"] |= {f"{unit}_{name}{suffix}": f"{mixed} of {len(ids)} {unit} groups have images of several classes."}
+    found: dict[str, Any] = {"reasons": {}}
+    for name in ("auroc", "auroc_ci", "accuracy", "accuracy_ci"):
+        found[f"{unit}_{name}"] = None if mixed else metrics[name]
+        if mixed:
+            found["reasons"][f"{unit}_{name}"] = f"{mixed} of {len(ids)} {unit} groups have images of several classes."
+        elif metrics[name] is None:
+            found["reasons"][f"{unit}_{name}"] = metrics["reasons"][name]
     columns = {f"{unit}_id": ids, "images": np.bincount(group_of)}
     columns |= {f"prob/{name}": column for name, column in zip(names, joined.T, strict=True)}
     return pyarrow.table({name: list(values) for name, values in columns.items()}), found

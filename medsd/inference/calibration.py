@@ -35,6 +35,8 @@ class Calibration:
     proposal: Proposal = Proposal()
     pairs: int | None = None
     """Pairs an image and class that it was fitted on."""
+    spread: float | None = None
+    """Usual variance of a pair's difference between a class and the leader, calibrated nats squared."""
     risks: tuple[tuple[float, float], ...] = ()
     """(level, risk), levels rising: an upper bound of how often a race at that level (`race.Decide`) answers otherwise than all pairs."""
     precision: str = "fp32"
@@ -175,12 +177,19 @@ def choose_weighting(
     first = chosen = next(iter(candidates))
     report: dict[str, Any] = {}
     for name, nll in found.items():
-        gain = found[first] - nll
-        error = float(gain.std(ddof=1) / np.sqrt(len(gain)))
-        report[name] = {"nll": float(nll.mean()), "gain": float(gain.mean()), "standard_error": error}
-        if gain.mean() > max(error, report[chosen]["gain"]):
+        gain, error = mean_of_groups(found[first] - nll, answers)
+        report[name] = {"nll": float(answers.weights @ nll), "gain": gain, "standard_error": error}
+        if gain > max(error, report[chosen]["gain"]):
             chosen = name
     return chosen, report
+
+
+def mean_of_groups(values: np.ndarray, answers: Answers) -> tuple[float, float]:
+    """Mean of `values` `(N,)` as the fit weighs images, and its standard error, for which a group counts as one."""
+    mean = float(answers.weights @ values)
+    residuals = answers.weights * (values - mean)
+    summed = residuals if answers.groups is None else np.bincount(np.unique(answers.groups, return_inverse=True)[1], residuals)
+    return mean, float(np.sqrt((summed**2).sum() * len(summed) / max(len(summed) - 1, 1)))
 
 
 def cross_validated_nll(
@@ -198,8 +207,10 @@ def cross_validated_nll(
 
 
 def assign_folds(numbers: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
-    """Fold of each image `(N,)`, hypotheses dealt out evenly, images of a group together."""
+    """Fold of each image `(N,)`, hypotheses dealt out evenly, images of a group together as long as each hypothesis has two groups."""
     groups = np.arange(len(numbers)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    if min(len(set(groups[numbers == number])) for number in np.unique(numbers)) < 2:
+        groups = np.arange(len(numbers))
     first = np.unique(groups, return_index=True)[1]
     order = np.lexsort((np.random.default_rng(0).permutation(len(first)), numbers[first]))
     fold = np.empty(len(first), int)

@@ -32,7 +32,8 @@ class ExplainingMixin(ScoringMixin):
         `class_name` and `against` default to the most probable class and the next one; of findings, name single ones, and `against`
         defaults to none of them. `ranges` `(1, C, 2)` as in `encode_images`. Raises InputError for an unknown class.
         """
-        if class_name is None or (against is None and not self.data.multi_label):
+        normal = self.data.multi_label and () in self.hypotheses.sets
+        if class_name is None or (against is None and not normal):
             class_name, against = self._two_classes(image, class_name, max_pairs, seed, ranges)
         latents = self.encode_images([image], ranges)
         conditions = self.encode_prompts([self._prompt_of(class_name), self._prompt_of(against)])
@@ -64,7 +65,7 @@ class ExplainingMixin(ScoringMixin):
         latents = self.encode_images([image], ranges)
         noise = pair_noise(seed, 0, tuple(latents.shape[1:]))[None].to(latents)
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        first = max(0, num_inference_steps - round(strength * num_inference_steps))
+        first = num_inference_steps - max(1, round(strength * num_inference_steps))
         noised = self.scheduler.add_noise(latents, noise, self.scheduler.timesteps[first : first + 1])
         condition = self.encode_prompts([self._prompt_of(class_name)])
         generator = torch.Generator().manual_seed(seed)

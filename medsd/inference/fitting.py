@@ -16,7 +16,7 @@ from medsd.evaluation.groups import any_findings, common_labels, join_classes, j
 from medsd.inference.calibration import Answers, Belief, Calibration, Weighting, choose_weighting, log_softmax
 from medsd.inference.likelihood import Scores
 from medsd.inference.plan import Plan, Proposal, make_plan, nats_per_error, pair_noise
-from medsd.inference.race import Decide, differences_to_leader, replay
+from medsd.inference.race import Decide, differences_to_leader, replay, variance_of_mean
 from medsd.objectives.diffusion import log_snr
 
 Score = Callable[[torch.Tensor, Plan, str], Scores]
@@ -84,7 +84,9 @@ def fit(
     losses, places = found
     made = replace(made, weighting=weighting, proposal=proposal, pairs=pairs, precision=precision)
     made = fit_groups(made, -Belief(made).nats(losses, places).mean(2), answers)
-    return replace(made, risks=race_risks(losses, places, Belief(made, answers.prior)), report=report)
+    belief = Belief(made, answers.prior)
+    made = replace(made, spread=usual_spread(belief.nats(losses, places), places), report=report)
+    return replace(made, risks=race_risks(losses, places, Belief(made, answers.prior), answers.groups))
 
 
 def pilot_plan(scheduler: Any, latent_shape: tuple[int, ...], weighting: str, seed: int) -> Plan:
@@ -114,6 +116,8 @@ def fit_proposal(losses: np.ndarray) -> Proposal:
     """
     between = _between(losses)
     size = np.sqrt((between**2).mean((0, 1, 3, 4)))
+    if not size.any():
+        return Proposal()
     density = (1 - UNIFORM_SHARE) * size / size.sum() + UNIFORM_SHARE / len(size)
     # The difference of two noises at one timestep has no part that is the image's own.
     noise = between[..., 0, :] - between[..., 1, :]
@@ -144,24 +148,43 @@ def min_snr_stretches(scheduler: Any) -> tuple[float, ...]:
     return tuple(map(float, stretches / stretches.mean()))
 
 
-def race_risks(losses: np.ndarray, places: np.ndarray, belief: Belief) -> tuple[tuple[float, float], ...]:
+def usual_spread(losses: np.ndarray, places: np.ndarray) -> float:
+    """Median over images and rivals of the variance of a pair's difference to the leader, of calibrated losses `(N, K, P)`."""
+    variance, _ = variance_of_mean(differences_to_leader(losses)[2], places)
+    per_pair = variance[np.isfinite(variance) & (variance > 0)] * len(places)
+    return float(np.median(per_pair)) if len(per_pair) else 1.0
+
+
+def race_risks(losses: np.ndarray, places: np.ndarray, belief: Belief, groups: np.ndarray | None = None) -> tuple[tuple[float, float], ...]:
     """(level, risk): an upper bound, with `CONFIDENCE`, of how often a race at that level answers otherwise than all pairs.
 
     `losses` `(N, K, P)` are all known. Answers whose logits on all pairs are within the race's eta count as the same. The bound is Clopper
-    and Pearson's (1934); it holds for images drawn like these.
+    and Pearson's (1934), of as many images as there would be if those of a group (`groups` `(N,)`) were independent (Kish's design
+    effect); it holds for images drawn like these.
     """
-    from scipy.stats import beta
-
     count = len(losses)
     logits = -belief.nats(losses, places).mean(2)
     risks = []
     for level in LEVELS:
-        rule = Decide(level, together=belief.calibration.vote)
+        rule = Decide(level, spread=belief.calibration.spread, together=belief.calibration.vote)
         raced = belief.nats(replay(losses, places, rule, belief), places)
         answer = differences_to_leader(raced)[0]
-        wrong = int((logits.max(1) - logits[np.arange(count), answer] > rule.eta).sum())
-        risks.append((level, float(beta.ppf(CONFIDENCE, wrong + 1, count - wrong)) if wrong < count else 1.0))
+        risks.append((level, upper_bound(logits.max(1) - logits[np.arange(count), answer] > rule.eta, groups)))
     return tuple(risks)
+
+
+def upper_bound(wrong: np.ndarray, groups: np.ndarray | None) -> float:
+    """Of the rate of `wrong` `(N,)`, one-sided, with `CONFIDENCE`; see `race_risks`."""
+    from scipy.stats import beta
+
+    count, rate = len(wrong), wrong.mean()
+    if rate == 1:
+        return 1.0
+    effect = 1.0
+    if groups is not None and rate > 0:
+        summed = np.bincount(np.unique(groups, return_inverse=True)[1], wrong - rate)
+        effect = max(1.0, float((summed**2).sum() / (count * rate * (1 - rate))))
+    return float(beta.ppf(CONFIDENCE, rate * count / effect + 1, (1 - rate) * count / effect))
 
 
 def fit_groups(calibration: Calibration, logits: np.ndarray, answers: Answers) -> Calibration:

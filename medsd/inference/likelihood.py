@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from medsd.errors import InputError
 from medsd.inference.calibration import Belief, Calibration, fit_calibration, log_softmax
 from medsd.inference.plan import Plan, make_plan
 from medsd.inference.race import Decide, Full, Rule, Settle, differences_to_leader, race, variance_of_mean
@@ -29,6 +30,10 @@ ROWS = 64
 """Rows of a call of the denoiser on a CPU."""
 DRAWS = 256
 """Of what pairs that were not computed might have said."""
+
+
+class NotFinite(InputError):
+    """A denoising error that is not a number says nothing of any class."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Scores:
     def _summary(self) -> tuple[np.ndarray, np.ndarray]:
         leader, means, differences = differences_to_leader(self.losses)
         level = np.nanmean(self.losses[np.arange(len(self.losses)), leader], axis=1, keepdims=True)
-        return -(level + means).astype(np.float64), np.sqrt(variance_of_mean(differences))
+        return -(level + means).astype(np.float64), np.sqrt(variance_of_mean(differences, self.places)[0])
 
 
 @torch.no_grad()
@@ -89,6 +94,8 @@ def score_classes(
         batch_size: every call of `predict` has exactly so many rows, padded where fewer are left, so that a row's bits depend on
             no other row.
         progress: called with the number of rows of every call.
+
+    Raises NotFinite, an InputError, where an error is not finite.
     """
 
     def measure(rows: np.ndarray) -> np.ndarray:
@@ -120,7 +127,10 @@ def _nats(
         errors = denoising_error(predict, scheduler, latents[image], noise[pair], timesteps[pair], conditions[label])
         nats[call] = weights[pair] * errors
         progress(min(batch_size, len(rows) - start))
-    return nats[: len(rows)].cpu().numpy()
+    found = nats[: len(rows)].cpu().numpy()
+    if not np.isfinite(found).all():
+        raise NotFinite("the model's error is not finite for an image: its weights or the image are damaged, or its precision too low")
+    return found
 
 
 @dataclass(frozen=True)
@@ -150,8 +160,9 @@ def posterior(scores: Scores, calibration: Calibration | None = None, prior: np.
     """
     belief = Belief(calibration or Calibration.none(scores.losses.shape[1]), prior)
     leader, means, differences = differences_to_leader(belief.nats(scores.losses, scores.places))
-    variance = variance_of_mean(differences)
-    remaining = np.sqrt(variance * (1 - scores.pairs / len(scores.places)))
+    variance, _ = variance_of_mean(differences, scores.places, belief.calibration.spread)
+    left = 1 - scores.pairs / len(scores.places)
+    remaining = np.sqrt(np.where(left > 0, variance, 0.0) * left)
     draws = np.random.default_rng(0).standard_normal((DRAWS, len(belief.favour)))
     averaged = [np.exp(log_softmax(error * draws - mean)).mean(0) for mean, error in zip(means, remaining, strict=True)]
     endless = [(error * draws - mean).argmax(1) for mean, error in zip(means, np.sqrt(variance), strict=True)]

@@ -4,16 +4,21 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from medsd.inference.calibration import Calibration
 from medsd.inference.scoring import ClassifyOutput
 from medsd.output import write_text
 
 SETTINGS = "settings.json"
+CALIBRATION = "calibration.json"
 NO_FINDING = "no finding"
+TEXTS = frozenset({"key", "patient_id", "label", "prediction"})
+"""Columns that are text also where a part has no value."""
 
 
 def score_columns(
@@ -63,10 +68,21 @@ class Parts:
         """Make the folder, or keep one of the same settings; returns the number of images that are scored already."""
         record = self.folder / SETTINGS
         if not record.is_file() or record.read_text() != self.settings:
+            if self.keys():
+                print(f"scores of a stopped run with other settings are discarded ({self.folder})")
             self.remove()
             self.folder.mkdir(parents=True)
             write_text(record, self.settings)
         return len(self.keys())
+
+    def calibration(self) -> Calibration | None:
+        """What the scores rest on, where it has been kept."""
+        file = self.folder / CALIBRATION
+        return Calibration.from_dict(json.loads(file.read_text())) if file.is_file() else None
+
+    def keep(self, calibration: Calibration) -> None:
+        """Keep what the scores rest on."""
+        write_text(self.folder / CALIBRATION, json.dumps(asdict(calibration)))
 
     def keys(self) -> set[str]:
         """Of the images that need no more scoring: those that are scored, and those that cannot be."""
@@ -79,7 +95,8 @@ class Parts:
 
         if len(columns["key"]):
             made, final = self.folder / f"{name}.tmp", self.folder / f"{name}.parquet"
-            pyarrow.parquet.write_table(pyarrow.table({key: list(values) for key, values in columns.items()}), made)
+            arrays = {key: pyarrow.array(list(values), pyarrow.string() if key in TEXTS else None) for key, values in columns.items()}
+            pyarrow.parquet.write_table(pyarrow.table(arrays), made)
             os.replace(made, final)
         write_text(self.folder / f"{name}.json", json.dumps({"failed": list(failed), "seconds": seconds}))
 
@@ -106,4 +123,4 @@ class Parts:
         return sorted(self.folder.glob("*.parquet"))
 
     def _records(self) -> list[dict[str, Any]]:
-        return [json.loads(file.read_text()) for file in sorted(self.folder.glob("*.json")) if file.name != SETTINGS]
+        return [json.loads(file.read_text()) for file in sorted(self.folder.glob("*.json")) if file.name not in {SETTINGS, CALIBRATION}]

@@ -151,7 +151,7 @@ class MedSDPipeline(ExplainingMixin, DiffusionPipeline, StableDiffusionLoraLoade
         return encode(self.text_encoder, tokenize(self.tokenizer, prompts).to(self._execution_device))
 
     def _denoise(
-        self, latents: torch.Tensor, condition: torch.Tensor, steps: int, guidance_scale: float, generator: Any, first: int = 0
+        self, latents: torch.Tensor, condition: torch.Tensor, steps: int, guidance_scale: float, generator: Any, first: int | None = None
     ) -> torch.Tensor:
         """From pure noise, or from latents noised to the step numbered `first`."""
         guided = guidance_scale != 1
@@ -162,7 +162,7 @@ class MedSDPipeline(ExplainingMixin, DiffusionPipeline, StableDiffusionLoraLoade
             self.scheduler.register_to_config(variance_type=None)
         self.scheduler.set_timesteps(steps, device=latents.device)
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
-        latents = latents if first else latents * self.scheduler.init_noise_sigma
+        latents = latents * self.scheduler.init_noise_sigma if first is None else latents
         for timestep in self.progress_bar(self.scheduler.timesteps[first:]):
             doubled = torch.cat([latents, latents]) if guided else latents
             prediction = self.unet(self.scheduler.scale_model_input(doubled, timestep), timestep, condition).sample

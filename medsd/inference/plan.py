@@ -45,7 +45,7 @@ class Plan:
     weights: torch.Tensor
     """`(P,)` float32: nats per unit of the prediction's error, so that a log-likelihood is minus the mean of weight x error over pairs."""
     places: torch.Tensor
-    """`(P,)` float64: position of each timestep in `[0, 1)` among those with a signal."""
+    """`(P,)` float64: position of each timestep in `[0, 1)` among those with a signal; the two pairs of a slot share theirs."""
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -12,8 +12,8 @@ import numpy as np
 
 from medsd.inference.calibration import Belief, Calibration
 
-PRIOR_PAIRS = 4.0
-"""Weight, in pairs, of the variance pooled over classes in a class's own variance."""
+PRIOR_SLOTS = 4.0
+"""Weight, in slots, of the variance that a calibration found usual."""
 NEGLIGIBLE = 1e-3
 """A class whose probability is surely below this needs no more pairs."""
 
@@ -27,8 +27,9 @@ class Rule(Protocol):
     def looks(self, pairs: int) -> list[int]:
         """Numbers of pairs after which classes may be dropped, rising; the last is `pairs`."""
 
-    def unsettled(self, losses: np.ndarray, active: np.ndarray, pairs: int) -> np.ndarray:
-        """Which of the `active` classes `(N, K)` need more, after `(N, K, n)` losses of n < `pairs` pairs, NaN where dropped earlier."""
+    def unsettled(self, losses: np.ndarray, active: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Which of the `active` classes `(N, K)` need more, after `(N, K, n)` losses of the first n pairs at `places` `(P,)`, n < P; NaN
+        where dropped earlier."""
 
 
 class Full:
@@ -38,7 +39,7 @@ class Full:
         """One, at the end."""
         return [pairs]
 
-    def unsettled(self, losses: np.ndarray, active: np.ndarray, pairs: int) -> np.ndarray:
+    def unsettled(self, losses: np.ndarray, active: np.ndarray, places: np.ndarray) -> np.ndarray:
         """All."""
         return active
 
@@ -55,6 +56,8 @@ class Decide:
     level: float
     """One-sided error of each comparison; see `certified_level`."""
     eta: float = 0.1
+    spread: float | None = None
+    """See `variance_of_mean`."""
     together: bool = False
     """Whether an image's classes only go all at once, as votes among all classes need."""
 
@@ -62,13 +65,15 @@ class Decide:
         """2, 3, 4, 6, 8, 12, ..., `pairs`."""
         return often(2, pairs)
 
-    def unsettled(self, losses: np.ndarray, active: np.ndarray, pairs: int) -> np.ndarray:
+    def unsettled(self, losses: np.ndarray, active: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Classes within the radius of the leader; none where that is the leader alone."""
         from scipy.stats import t
 
+        if not self.level:
+            return active
         leader, means, differences = differences_to_leader(losses)
-        seen = losses.shape[2]
-        radius = t.ppf(1 - self.level, seen - 1 + PRIOR_PAIRS) * np.sqrt(variance_of_mean(differences) * (1 - seen / pairs))
+        variance, freedom = variance_of_mean(differences, places, self.spread)
+        radius = t.ppf(1 - self.level, freedom) * np.sqrt(variance * (1 - losses.shape[2] / len(places)))
         left = active & (means + self.eta <= radius)
         contested = left.sum(1, keepdims=True) - left[np.arange(len(left)), leader][:, None] > 0
         left[np.arange(len(left)), leader] = True
@@ -78,15 +83,16 @@ class Decide:
 def certified_level(calibration: Calibration, delta: float, pairs: int) -> float:
     """The level at which a `Decide` over plans of `pairs` pairs answers otherwise than all pairs with probability `delta` at most.
 
-    The largest whose measured risk, and that of all smaller ones, is below delta (fixed-sequence testing, Angelopoulos et al., 2021);
-    without one, Bonferroni's for all comparisons of an image, which is smaller.
+    Where risks were measured for such plans: the largest level whose risk, and that of all smaller ones, is below delta (fixed-sequence
+    testing, Angelopoulos et al., 2021); 0, which drops nothing, where there is none. Else Bonferroni's for all comparisons of an image.
     """
-    classes, looks = len(calibration.bias), len(often(2, pairs))
-    level = delta / (max(classes - 1, 1) * looks)
-    for measured, risk in calibration.risks if calibration.pairs == pairs else ():
+    if not calibration.risks or calibration.pairs != pairs:
+        return delta / (max(len(calibration.bias) - 1, 1) * len(often(2, pairs)))
+    level = 0.0
+    for measured, risk in calibration.risks:
         if risk > delta:
             break
-        level = max(level, measured)
+        level = measured
     return level
 
 
@@ -95,16 +101,18 @@ class Settle:
     """Go on until log-posterior differences to the leader are known within `tolerance` x max(1, their size), or are negligible."""
 
     tolerance: float = 0.1
+    spread: float | None = None
     together: bool = False
 
     def looks(self, pairs: int) -> list[int]:
         """4, 6, 8, 12, 16, ..., `pairs`."""
         return often(4, pairs)
 
-    def unsettled(self, losses: np.ndarray, active: np.ndarray, pairs: int) -> np.ndarray:
+    def unsettled(self, losses: np.ndarray, active: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Classes whose difference is neither known nor surely negligible, and the leader with them."""
         leader, means, differences = differences_to_leader(losses)
-        deviation = np.sqrt(variance_of_mean(differences) * (1 - losses.shape[2] / pairs))
+        variance, _ = variance_of_mean(differences, places, self.spread)
+        deviation = np.sqrt(variance * (1 - losses.shape[2] / len(places)))
         known = deviation <= self.tolerance * np.maximum(1, means)
         unknown = active & ~known & (means - 2 * deviation < -np.log(NEGLIGIBLE))
         unknown[np.arange(len(losses)), leader] = unknown.any(1)
@@ -124,7 +132,7 @@ def race(measure: Measure, count: int, classes: int, places: np.ndarray, rule: R
         if done == pairs:
             break
         going = active.any(1)
-        active[going] = rule.unsettled(belief.nats(losses[going, :, :done], places[:done]), active[going], pairs)
+        active[going] = rule.unsettled(belief.nats(losses[going, :, :done], places[:done]), active[going], places)
         if not active.any():
             break
     return losses
@@ -153,10 +161,29 @@ def differences_to_leader(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     return leader, np.nanmean(differences, axis=2), differences
 
 
-def variance_of_mean(differences: np.ndarray) -> np.ndarray:
-    """Variance `(N, K)` of the mean of paired differences, each class's own shrunk towards the image's pooled one."""
-    pairs = np.isfinite(differences).sum(2)
-    own = np.nanvar(differences, axis=2) * pairs / np.maximum(pairs - 1, 1)
-    pooled = own.sum(1, keepdims=True) / np.maximum((own > 0).sum(1, keepdims=True), 1)
-    shrunk = (PRIOR_PAIRS * pooled + (pairs - 1) * own) / (PRIOR_PAIRS + pairs - 1)
-    return np.where(own > 0, shrunk, 0.0) / pairs
+def variance_of_mean(differences: np.ndarray, places: np.ndarray, spread: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Variance of the mean of paired differences `(N, K, P)` at `places` `(P,)`, `(N, K)`, and its degrees of freedom `(N, K)`.
+
+    Opposite noises of one slot do not vary independently, so that slots are what varies (the cluster-robust variance). `spread` is
+    what a pair's variance is expected to be, and counts `PRIOR_SLOTS` slots; without it one slot tells nothing: the variance is infinite.
+    The leader's own, of differences that are all 0, is 0.
+    """
+    seen = np.isfinite(differences)
+    pairs, starts = seen.sum(2), slot_starts(places[: differences.shape[2]])
+    residuals = np.where(seen, differences - np.nanmean(differences, axis=2, keepdims=True), 0.0)
+    slots = np.add.reduceat(seen, starts, axis=2).astype(bool).sum(2)
+    squares = (np.add.reduceat(residuals, starts, axis=2) ** 2).sum(2)
+    freedom = slots - 1.0
+    if spread is None:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            per_pair = np.where(freedom > 0, squares * slots / (freedom * pairs), np.inf)
+    else:
+        freedom = freedom + PRIOR_SLOTS
+        per_pair = (PRIOR_SLOTS * spread + squares * slots / pairs) / freedom
+    leads = ~(np.nan_to_num(differences) != 0).any(2)
+    return np.where(leads, 0.0, per_pair / pairs), np.maximum(freedom, 1.0)
+
+
+def slot_starts(places: np.ndarray) -> np.ndarray:
+    """Where the slots of pairs at `places` `(P,)` begin; the two pairs of one stand side by side."""
+    return np.flatnonzero(np.append(True, np.diff(places) != 0))

@@ -26,7 +26,7 @@ from medsd.inference.race import Decide, Full, Rule, Settle, certified_level
 from medsd.models.codec import Codec
 
 ENCODE_BATCH = 16
-MOST_ROWS = 1024
+GPU_ROWS = 512
 FEW_NUMBERS = 256
 """Of each tensor, in a fingerprint."""
 MODES = ("posterior", "decide", "full")
@@ -44,7 +44,7 @@ class ClassifyOutput:
     probabilities: np.ndarray
     """`(N, K)`; rows sum to 1, except of findings, each of which holds or not."""
     calibrated: bool
-    """Whether a temperature and class bias stand behind the probabilities; without, they are far too sure."""
+    """Whether a temperature and class bias, fitted for as many pairs, stand behind the probabilities; without, they are far too sure."""
     log_likelihoods: np.ndarray
     """`(N, H)` nats, up to a constant per image."""
     standard_errors: np.ndarray
@@ -78,7 +78,7 @@ class ScoringMixin:
     data: DataInfo
     class_names: list[str]
     noise_schedule: Any
-    _rows: int | None = None
+    _rows: int = GPU_ROWS
     _compiled: Any = None
 
     @torch.no_grad()
@@ -119,12 +119,15 @@ class ScoringMixin:
         hypotheses, texts = self._choices(prompts)
         calibration = self.info.calibration if texts == self.hypotheses.prompts(self.data) else None
         calibration = calibration if calibration and weighting in {None, calibration.weighting} else None
-        if prior is None and prompts is None and self.data.multi_label:
+        default_prior = prior is None
+        if default_prior and prompts is None and self.data.multi_label:
             prior = self.hypotheses.prior()
         belief = Belief(calibration or Calibration.none(len(texts)), prior)
         chosen = self._precision(precision, calibration)
         calls = self.batch_rows(batch_size)
-        rule = choose_rule(mode, delta, belief.calibration, max_pairs)
+        # Risks were measured under the prior that is the default.
+        measured = belief.calibration if default_prior else replace(belief.calibration, risks=())
+        rule = choose_rule(mode, delta, measured, max_pairs)
         latents = self.encode_images(images, ranges)
         plan = self._plan(latents, max_pairs, weighting, seed, calibration)
         scores = self._score(latents, self.encode_prompts(texts), plan, rule, belief, chosen, calls, progress)
@@ -135,7 +138,7 @@ class ScoringMixin:
         return ClassifyOutput(
             predictions,
             probabilities,
-            calibration is not None,
+            calibration is not None and calibration.pairs in {None, max_pairs},
             scores.log_likelihoods,
             scores.standard_errors,
             scores.pairs,
@@ -189,8 +192,14 @@ class ScoringMixin:
     ) -> Scores:
         dtype = PRECISIONS[precision]
         context = nullcontext() if dtype is None else torch.autocast(latents.device.type, dtype)
-        with torch.no_grad(), context:
-            return score_classes(self._predict, self.noise_schedule, latents, conditions, plan, rule, belief, batch_size, progress)
+        while True:
+            try:
+                with torch.no_grad(), context:
+                    return score_classes(self._predict, self.noise_schedule, latents, conditions, plan, rule, belief, batch_size, progress)
+            except torch.OutOfMemoryError:
+                if batch_size <= 16:
+                    raise
+                batch_size = self._rows = batch_size // 32 * 16
 
     def _predict(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """The UNet in its own precision, without a variance that it may have learned."""
@@ -205,33 +214,17 @@ class ScoringMixin:
     def _precision(self, wanted: str | None, calibration: Calibration | None) -> str:
         if wanted is not None and wanted not in PRECISIONS:
             raise InputError(f"precision {wanted} is none of {', '.join(PRECISIONS)}")
+        if self.unet.dtype != torch.float32:
+            return next(name for name, dtype in PRECISIONS.items() if dtype == self.unet.dtype)
         found = calibration.precision if calibration else "fp32"
         return wanted or (found if found == fast_precision(self._execution_device) else "fp32")
 
     def batch_rows(self, wanted: int | None = None) -> int:
-        """Rows of each call of the UNet: `wanted`, rounded up to a multiple of 16, else 64 on a CPU, and what fits a GPU's memory."""
+        """Rows of each call of the UNet: `wanted`, rounded up to a multiple of 16; else 64 on a CPU, and `GPU_ROWS` on a GPU, or what is
+        left of them by halving where memory did not suffice."""
         if wanted is not None:
             return -(-wanted // 16) * 16
-        if self._execution_device.type == "cpu":
-            return ROWS
-        if self._rows is None:
-            self._rows = self._rows_that_fit()
-        return self._rows
-
-    def _rows_that_fit(self) -> int:
-        """The power of two from 64 to `MOST_ROWS` whose call takes at most half of the free memory, judged by a call of 64 rows."""
-        device, side = self._execution_device, self.unet.config.sample_size
-        x_t = torch.zeros(ROWS, self.unet.config.in_channels, side, side, device=device)
-        condition = self.encode_prompts([""]).expand(ROWS, -1, -1)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        with torch.no_grad():
-            self._predict(x_t, torch.zeros(ROWS, dtype=torch.long, device=device), condition)
-        taken = torch.cuda.max_memory_allocated(device) - before
-        rows = ROWS
-        while rows < MOST_ROWS and 2 * rows // ROWS * taken < torch.cuda.mem_get_info(device)[0] / 2:
-            rows *= 2
-        return rows
+        return ROWS if self._execution_device.type == "cpu" else self._rows
 
     def fingerprint(self) -> str:
         """Of the weights, from a few numbers of each."""
@@ -271,7 +264,7 @@ class ScoringMixin:
                 latents[chosen], conditions, plan, Full(), Belief(Calibration.none(len(conditions))), precision, calls, progress
             )
 
-        fast = fast_precision(self._execution_device)
+        fast = self._precision(fast_precision(self._execution_device), None)
         calibration = fit(score, self.noise_schedule, tuple(latents.shape[1:]), answers, weighting, max_pairs, seed, fast)
         self.info = replace(self.info, calibration=calibration)
         return calibration
@@ -344,9 +337,10 @@ def choose_rule(mode: str, delta: float, calibration: Calibration, pairs: int) -
     """The rule of a mode; raises InputError for an unknown one."""
     if mode not in MODES:
         raise InputError(f"mode {mode} is none of {', '.join(MODES)}")
+    shared = {"spread": calibration.spread, "together": calibration.vote}
     if mode == "decide":
-        return Decide(certified_level(calibration, delta, pairs), together=calibration.vote)
-    return Settle(together=calibration.vote) if mode == "posterior" else Full()
+        return Decide(certified_level(calibration, delta, pairs), **shared)
+    return Settle(**shared) if mode == "posterior" else Full()
 
 
 def fast_precision(device: torch.device) -> str:

@@ -27,8 +27,8 @@ ErrorOf = Callable[..., torch.Tensor]
 class Contrast(Protocol):
     """What is added to the mean error."""
 
-    state: torch.Tensor
-    """float32, changed in place: all that a checkpoint has to keep."""
+    memory: dict[str, torch.Tensor]
+    """What is changed in place, by name: all that a checkpoint has to keep."""
 
     def __call__(
         self, error_of: ErrorOf, error: torch.Tensor, prompts: torch.Tensor, timesteps: torch.Tensor, draws: Randomness
@@ -40,7 +40,7 @@ class NoContrast:
     """Nothing."""
 
     def __init__(self) -> None:
-        self.state = torch.zeros(0)
+        self.memory: dict[str, torch.Tensor] = {}
 
     def __call__(
         self, error_of: ErrorOf, error: torch.Tensor, prompts: torch.Tensor, timesteps: torch.Tensor, draws: Randomness
@@ -66,6 +66,7 @@ class PairedContrast:
         self.stretch_of = torch.arange(steps, device=device) * STRETCHES // steps
         self.state = torch.zeros(STRETCHES, 2, device=device)
         """Per stretch of timesteps, the decaying sum of squared differences and of their weights."""
+        self.memory = {"contrast": self.state}
 
     def __call__(
         self, error_of: ErrorOf, error: torch.Tensor, prompts: torch.Tensor, timesteps: torch.Tensor, draws: Randomness

@@ -7,7 +7,7 @@ from PIL import Image
 from medsd.data.dataset import available_splits, load_dataset
 from medsd.data.transforms import recorded_ranges, row_classes
 from medsd.evaluation.classification import classification_metrics
-from medsd.inference.likelihood import make_plan
+from medsd.inference.likelihood import NotFinite, make_plan
 from medsd.inference.pictures import grid
 from medsd.inference.pipeline import MedSDPipeline
 from medsd.models.conditioning import encode, tokenize
@@ -60,8 +60,9 @@ class HeldOut:
 
     def auroc(self) -> float:
         """Macro AUROC from few pairs."""
-        output = self.pipe.classify(self.images, mode="full", max_pairs=QUICK_PAIRS, seed=self.seed, ranges=self.ranges)
-        if not np.isfinite(output.probabilities).all():
+        try:
+            output = self.pipe.classify(self.images, mode="full", max_pairs=QUICK_PAIRS, seed=self.seed, ranges=self.ranges)
+        except NotFinite:
             return float("nan")
         return classification_metrics(output.probabilities, self.labels, self.pipe.class_names, self.patients, resamples=1)["auroc"]
 
