@@ -303,7 +303,7 @@ def finish(
             write_evidence(config, pipe, rows, table, made / "evidence")
         (made / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     parts.remove()
-    say(metrics, config.output_dir, training_patients(config, pipe) & set(table["patient_id"].to_pylist()))
+    say(metrics, config, training_patients(config, pipe) & set(table["patient_id"].to_pylist()))
 
 
 def measure(
@@ -364,12 +364,12 @@ def training_patients(config: ClassifyConfig, pipe: "MedSDPipeline") -> set[str]
     return set(column(load_dataset(data, "train"), "patient_id").to_pylist()) if data and Path(data).is_dir() else set()
 
 
-def say(metrics: dict[str, Any], output_dir: str, seen: set[str]) -> None:
+def say(metrics: dict[str, Any], config: ClassifyConfig, seen: set[str]) -> None:
     """The figures that matter, with their intervals."""
     spent = f"{metrics['rows_per_image']:.0f} UNet rows and {metrics['seconds_per_image']:.2f} s an image"
     print(f"{metrics['n']} images with a label, {spent}" + (f"; {metrics['failed']} could not be scored" if metrics["failed"] else ""))
     names = ["auroc", "balanced_accuracy", "accuracy", "ece", "nll"]
-    for name in [*names, *(name for name in metrics if name.endswith(("t_auroc", "t_accuracy", "s_auroc", "s_accuracy")))]:
+    for name in [*names, *(f"{config.group_by}_{name}" for name in ("auroc", "accuracy") if config.group_by)]:
         interval, value = metrics[f"{name}_ci"], metrics[name]
         shown = "" if interval is None else f"  [{interval[0]:.3f}, {interval[1]:.3f}]"
         beside = f"  (a perfectly calibrated model: {metrics['ece_floor']:.3f})" if name == "ece" and metrics["n"] else ""
@@ -377,7 +377,7 @@ def say(metrics: dict[str, Any], output_dir: str, seen: set[str]) -> None:
     if seen:
         print(f"warning: {len(seen)} patients are among those that the pipeline was trained on, so the figures are too good")
     hint = "" if metrics["calibrated"] else " (not calibrated: the order of classes counts, not their probabilities)"
-    print(f"scores in {output_dir}{hint}")
+    print(f"scores in {config.output_dir}{hint}")
 
 
 if __name__ == "__main__":

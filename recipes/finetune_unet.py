@@ -99,11 +99,15 @@ def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeli
     from medsd.models.conditioning import tokenize
     from medsd.models.unet import enable_xformers
     from medsd.training.fitting import adopt, change_schedule
-    from medsd.training.prompts import row_prompts
+    from medsd.training.prompts import rival_prompts, row_prompts
 
     seen = {"train", *available_splits(config.dataset_name)} - {"test"}
     rows = {split: load_dataset(config.dataset_name, split) for split in seen}
-    prompts = sorted({prompt for split in seen for prompt in row_prompts(rows[split], info).prompts})
+    hypotheses = count_hypotheses(row_labels(rows["train"]), len(info.class_names)) if info.class_names else None
+    tables = [row_prompts(rows[split], info) for split in seen]
+    if config.discriminative_weight:
+        tables.append(rival_prompts(rows["train"], row_prompts(rows["train"], info), info, hypotheses)[0])
+    prompts = sorted({prompt for table in tables for prompt in table.prompts})
     if config.pretrained_model_name_or_path is not None:
         pipe = start_from_pretrained(config, info, prompts)
     else:
@@ -119,7 +123,7 @@ def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeli
         beta_schedule=config.beta_schedule,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr or None,
     )
-    adopt(pipe, info, count_hypotheses(row_labels(rows["train"]), len(info.class_names)) if info.class_names else None)
+    adopt(pipe, info, hypotheses)
     tokenize(pipe.tokenizer, prompts)
     masked = "mask" in rows["train"].column_names or label_channels(info.intensity_map, info.image_channels)
     if config.snr_gamma and pipe.learns_variance:
@@ -224,6 +228,8 @@ def build_contrast(
     table = row_prompts(rows, pipe.data)
     if not config.discriminative_weight:
         return table, NoContrast()
+    if len(pipe.hypotheses.sets) < 2:
+        raise InputError("--discriminative_weight compares classes, and this data has one: leave it away")
     table, rivals = rival_prompts(rows, table, pipe.data, pipe.hypotheses)
     steps = pipe.scheduler.config.num_train_timesteps
     return table, PairedContrast(config.discriminative_weight, torch.from_numpy(rivals), steps, accelerator.device, accelerator.gather)

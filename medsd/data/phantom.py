@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 KINDS = ("dicom", "masks")
 
 
+FINDINGS = CLASSES[1:]
+"""Where several can hold, or none."""
 NO_FINDING = "No Finding"
 SHARES = (1 / 6, 1 / 2, 1 / 3)
 """Of slices without, with one and with two findings, where several can hold."""
@@ -67,9 +69,9 @@ def _labels(seed: int, count: int) -> list[str]:
 
 def _findings(seed: int, count: int) -> list[str]:
     """Bleeds of a slice, in the order of the classes."""
-    rng, bleeds = stream_of(seed, 0, 0, 2), CLASSES[1:]
-    shown = [sorted(rng.choice(len(bleeds), rng.choice(len(SHARES), p=SHARES), replace=False)) for _ in range(count)]
-    return ["|".join(bleeds[index] for index in chosen) or NO_FINDING for chosen in shown]
+    rng = stream_of(seed, 0, 0, 2)
+    shown = [sorted(rng.choice(len(FINDINGS), rng.choice(len(SHARES), p=SHARES), replace=False)) for _ in range(count)]
+    return ["|".join(FINDINGS[index] for index in chosen) or NO_FINDING for chosen in shown]
 
 
 def _write_patient(folder: Path, seed: int, patient: int, labels: list[str], size: int) -> list[tuple[str, str, str, str]]:

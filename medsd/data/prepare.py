@@ -90,7 +90,7 @@ def prepare_phantom(output_dir: Path, options: PrepareOptions, source_dir: Path 
         options,
         intensity=options.intensity or Windows((PHANTOM_WINDOW,)),
         prompt_template=options.prompt_template or PHANTOM_TEMPLATE,
-        class_names=options.class_names or phantom.CLASSES[options.multi_label :],
+        class_names=options.class_names or (phantom.FINDINGS if options.multi_label else phantom.CLASSES),
         duplicates="keep",
     )
     return prepare(rows, output_dir, chosen, PHANTOM_SALT, "phantom", overwrite)

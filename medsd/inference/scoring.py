@@ -45,28 +45,46 @@ class ClassifyOutput:
     """`(N, K)`; rows sum to 1, except of findings, each of which holds or not."""
     calibrated: bool
     """Whether a temperature and class bias, fitted for as many pairs, stand behind the probabilities; without, they are far too sure."""
-    log_likelihoods: np.ndarray
-    """`(N, H)` nats, up to a constant per image."""
-    standard_errors: np.ndarray
-    """`(N, H)` nats, of the difference to the leading hypothesis."""
-    pairs: np.ndarray
-    """`(N, H)` (timestep, noise) pairs spent."""
-    rows: np.ndarray
-    """`(N,)` UNet rows spent."""
-    p_flip: np.ndarray
-    """`(N,)` probability that endless pairs would put another hypothesis first: what more rows would settle."""
-    entropy: np.ndarray
-    """`(N,)` nats, of the hypotheses' probabilities: what they would not."""
     hypotheses: list[str]
     """H names."""
     batch_size: int
-    """Rows of every call of the UNet; the bits of a score depend on it, on `precision` and on the device, and on nothing else."""
+    """Rows of every call of the UNet."""
     precision: str
     """fp32, bf16 or fp16."""
     scores: Scores
     """Every pair's loss."""
     posterior: Posterior
     """Over the hypotheses."""
+
+    @property
+    def log_likelihoods(self) -> np.ndarray:
+        """`(N, H)` nats, up to a constant per image."""
+        return self.scores.log_likelihoods
+
+    @property
+    def standard_errors(self) -> np.ndarray:
+        """`(N, H)` nats, of the difference to the leading hypothesis."""
+        return self.scores.standard_errors
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """`(N, H)` (timestep, noise) pairs spent."""
+        return self.scores.pairs
+
+    @property
+    def rows(self) -> np.ndarray:
+        """`(N,)` UNet rows spent."""
+        return self.scores.rows
+
+    @property
+    def p_flip(self) -> np.ndarray:
+        """`(N,)` probability that endless pairs would put another hypothesis first: what more rows would settle."""
+        return self.posterior.p_flip
+
+    @property
+    def entropy(self) -> np.ndarray:
+        """`(N,)` nats, of the hypotheses' probabilities: what they would not."""
+        return self.posterior.entropy
 
 
 class ScoringMixin:
@@ -135,22 +153,8 @@ class ScoringMixin:
         findings = prompts is None and self.data.multi_label
         probabilities = believed.probabilities @ self.hypotheses.membership(len(self.class_names)) if findings else believed.probabilities
         predictions = self._findings(probabilities) if findings else [hypotheses[index] for index in believed.probabilities.argmax(1)]
-        return ClassifyOutput(
-            predictions,
-            probabilities,
-            calibration is not None and calibration.pairs in {None, max_pairs},
-            scores.log_likelihoods,
-            scores.standard_errors,
-            scores.pairs,
-            scores.rows,
-            believed.p_flip,
-            believed.entropy,
-            hypotheses,
-            calls,
-            chosen,
-            scores,
-            believed,
-        )
+        calibrated = calibration is not None and calibration.pairs in {None, max_pairs}
+        return ClassifyOutput(predictions, probabilities, calibrated, hypotheses, calls, chosen, scores, believed)
 
     @property
     def hypotheses(self) -> Hypotheses:
