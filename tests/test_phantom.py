@@ -212,3 +212,33 @@ def test_neither_the_histogram_nor_a_thumbnail_tells_the_class():
     thumbnails = prepared.reshape(-1, 8, 8, 8, 8).mean((2, 4)).reshape(-1, 64)
     assert best_logistic_auroc(histograms, numbers, train) <= 0.70
     assert best_logistic_auroc(thumbnails, numbers, train) <= 0.85
+
+
+def test_several_bleeds_share_the_area_of_one():
+    """Neither the area of blood nor its brightness tells how many there are; each lies where its class says."""
+    single, both, inside = [], [], []
+    for patient in range(16):
+        index = patient % MAX_SLICES
+        pixel = anatomy(patient, index, "normal").pixel
+        _, one = slice_image(0, patient, index, "epidural", SIZE)
+        image, two = slice_image(0, patient, index, "epidural|intraventricular", SIZE)
+        single.append((one > 0).sum() * pixel**2)
+        both.append((two > 0).sum() * pixel**2)
+        geometry = anatomy_of(draw_patient(0, patient), index, SIZE, 0.0, stream_of(0, patient, index + 1, 1))
+        inside.append(((two[0] > 0) & (geometry.depth < 12)).any() and ((two[0] > 0) & (geometry.depth > 25)).any())
+    assert np.mean(both) == pytest.approx(np.mean(single), rel=0.15) and np.mean(inside) > 0.9
+    with pytest.raises(InputError, match='no class "stroke"'):
+        slice_image(0, 0, 0, "epidural|stroke", 64)
+
+
+def test_a_phantom_of_findings(tmp_path):
+    """None, one or two in a slice, in the promised shares; heads of another seed are other people."""
+    table = write_phantom(tmp_path, 60, 6, 32, seed=4, multi_label=True)
+    with table.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    count = Counter(0 if line["label"] == phantom.NO_FINDING else line["label"].count("|") + 1 for line in lines)
+    np.testing.assert_allclose([count[number] / 360 for number in range(3)], phantom.SHARES, atol=0.08)
+    assert {name for line in lines for name in line["label"].split("|")} == {*BLEEDS, phantom.NO_FINDING}
+    assert all(line["patient_id"].endswith("-4") for line in lines) and phantom.is_phantom(tmp_path)
+    empty = [line for line in lines if line["label"] == phantom.NO_FINDING]
+    assert not any(np.asarray(Image.open(tmp_path / line["mask"])).any() for line in empty)
