@@ -151,8 +151,11 @@ class ScoringMixin:
         scores = self._score(latents, self.encode_prompts(texts), plan, rule, belief, chosen, calls, progress)
         believed = posterior(scores, belief.calibration, prior)
         findings = prompts is None and self.data.multi_label
-        probabilities = believed.probabilities @ self.hypotheses.membership(len(self.class_names)) if findings else believed.probabilities
-        predictions = self._findings(probabilities) if findings else [hypotheses[index] for index in believed.probabilities.argmax(1)]
+        probabilities, predictions = believed.probabilities, [hypotheses[index] for index in believed.probabilities.argmax(1)]
+        if findings:
+            # Summed one after the other: a matrix product's last bit depends on how many images there are.
+            probabilities = (probabilities[:, :, None] * self.hypotheses.membership(len(self.class_names))).sum(1)
+            predictions = self._findings(probabilities)
         calibrated = calibration is not None and calibration.pairs in {None, max_pairs}
         return ClassifyOutput(predictions, probabilities, calibrated, hypotheses, calls, chosen, scores, believed)
 
