@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import medsd
 from medsd.commandline import run
 from medsd.config import ClassifyConfig
 from medsd.errors import InputError
@@ -119,7 +120,7 @@ def fit_calibration(config: ClassifyConfig, pipe: "MedSDPipeline", parts: "Parts
         print(f"{len(failed)} of the images to calibrate on cannot be read, such as {failed[0]['key']}: {failed[0]['reason']}")
     rows, fingerprint, unit = rows.select(known), load_info(config.dataset_name).fingerprint, config.group_by or "patient"
     plan = f"{config.weighting}, {config.max_pairs} pairs, seed {config.seed}"
-    source = f"{len(rows)} validation images of {fingerprint[:12]}, by {unit}, {plan}"
+    source = f"medsd {medsd.__version__}: {len(rows)} validation images of {fingerprint[:12]}, by {unit}, {plan}"
     for kept in (pipe.info.calibration, parts.calibration()):
         if kept and kept.source == source:
             print("calibrated before, on the same images and pairs")
