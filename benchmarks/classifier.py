@@ -71,7 +71,7 @@ def stored(way: Callable[[list[np.ndarray]], Scores], images: list[np.ndarray], 
     """Scores of all images, some at once, each of them kept in a file."""
     losses, places = [], np.empty(0)
     for start in range(0, len(images), AT_ONCE):
-        file, part, before = work / f"{name}-{start:05d}.npz", images[start : start + AT_ONCE], time.perf_counter()
+        file, part, before = work / f"{name}-{len(images)}-{start:05d}.npz", images[start : start + AT_ONCE], time.perf_counter()
         if not file.is_file():
             scores = way(part)
             np.savez(file.with_suffix(".partial.npz"), losses=scores.losses, places=scores.places)
@@ -283,30 +283,37 @@ def main() -> None:
     parser.add_argument("--dataset_name", default="runs/exam/data")
     parser.add_argument("--split", default="test")
     parser.add_argument("--work", type=Path, required=True, help="folder of the stored losses and the results")
-    parser.add_argument("--images", type=int, default=1000, help="of the curves")
+    parser.add_argument("--images", type=int, default=1000, help="of the curves; 0 for none")
     parser.add_argument("--timed_images", type=int, default=50)
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     pipe = MedSDPipeline.from_pretrained(options.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
     rows = load_dataset(options.dataset_name, options.split)
-    rows = rows.select(stratified(np.array(rows["label"]), rows["key"], options.images, 0))
+    rows = rows.select(stratified(np.array(rows["label"]), rows["key"], options.images or options.timed_images, 0))
     labels, images = np.array(rows["label"]), list(rows["image"])
-    calibration = pipe.info.calibration
     result = {"date": date.today().isoformat(), "torch": torch.__version__, "device": str(pipe.device), "images": len(images)}
     if options.timed_images:
         result["timed"] = timed(pipe, images[: options.timed_images], options.turns)
         print(json.dumps(result["timed"]["ratios"], indent=1), flush=True)
-    even, own = grids(pipe, images, options.work)
+    if options.images:
+        result |= compared(pipe, images, labels, options.work)
+    (options.work / "classifier.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def compared(pipe: MedSDPipeline, images: list[np.ndarray], labels: np.ndarray, work: Path) -> dict:
+    """Curves, and rows where they match; draws and prints them."""
+    even, own = grids(pipe, images, work)
+    calibration = pipe.info.calibration
     curves, ours = published_curves(even, labels), our_curve(own, labels, calibration)
     nll = {name: published_nll(even, labels, count) for name, count in (("mean of 64 even pairs", 64), ("mean of 500", GRID))}
     error = float(np.sqrt(ours[-1]["accuracy"] * (1 - ours[-1]["accuracy"]) / len(labels)))
-    result |= {"curves": curves, "ours": ours, "nll of uncalibrated uniform scores": nll, "standard_error": error}
+    result = {"curves": curves, "ours": ours, "nll of uncalibrated uniform scores": nll, "standard_error": error}
     for measure in ("accuracy", "agreement"):
         result[f"matched {measure}"] = {name: matched(curve, ours, error, measure) for name, curve in curves.items()}
-    (options.work / "classifier.json").write_text(json.dumps(result, indent=1) + "\n")
-    figure(curves, ours, options.work / "classifier.png")
+    figure(curves, ours, work / "classifier.png")
     report(result)
+    return result
 
 
 def published_nll(losses: np.ndarray, labels: np.ndarray, count: int) -> float:
