@@ -348,8 +348,9 @@ def train(
                 own = error_of(condition=prompts)
                 error = weights[timesteps] * own
                 sampler.learn(timesteps, error.detach())
-                loss = (factors * error).mean() + contrast(error_of, own, prompts, timesteps, draws)
-                state.learn(accelerator, loss, config.max_grad_norm)
+                state.learn(
+                    accelerator, (factors * error).mean() + contrast(error_of, own, prompts, timesteps, draws), config.max_grad_norm
+                )
 
     accelerator.wait_for_everyone()
     state.adopt_average()

@@ -122,7 +122,8 @@ def test_a_bad_image_does_not_end_the_run(run, phantom_data, tmp_path):
         return rows
 
     data = rewritten(phantom_data, tmp_path / "data", damage)
-    assert metrics(score(run, data, tmp_path / "calibrated", max_samples=30))["failed"] >= 0
+    own = shutil.copytree(run, tmp_path / "unet")  # It keeps the calibration.
+    assert metrics(score(own, data, tmp_path / "calibrated"))["failed"] == 2
     folder = score(run, data, tmp_path / "scores", calibrate="none")
     failures = [json.loads(line) for line in (folder / "failed.jsonl").read_text().splitlines()]
     bad = load_dataset(phantom_data, "test")["key"][:2]
@@ -225,6 +226,13 @@ def test_a_counterfactual_stays_near_and_follows_its_class(run, phantom_data):
     for wrong in ({"class_name": "nothing"}, {"class_name": "normal", "strength": 0.0}):
         with pytest.raises(InputError):
             pipe.counterfactual(image, **wrong)
+
+
+def test_a_prior_and_a_weighting_that_do_not_fit_are_refused(run, phantom_data):
+    pipe, image = MedSDPipeline.from_pretrained(run), load_dataset(phantom_data, "test")[0]["image"]
+    for wrong in ({"prior": np.full(5, 0.2)}, {"prior": -np.ones(6)}, {"weighting": "other"}, {"mode": "other"}, {"precision": "other"}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            pipe.classify([image], max_pairs=2, **wrong)
 
 
 def test_the_same_calibration_is_fitted_once(run, phantom_data, tmp_path, monkeypatch, capsys):

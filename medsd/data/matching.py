@@ -68,7 +68,7 @@ def read_prior(file: Path, classes: Sequence[str]) -> np.ndarray:
         raise InputError(f"--prior {file} cannot be read: uniform, train, or a YAML file of CLASS: PROBABILITY is expected") from error
     if different := sorted(given.keys() ^ set(classes)):
         raise InputError(f'--prior {file}: "{different[0]}" is not in both the file and the pipeline, which knows {", ".join(classes)}')
-    if min(given.values()) <= 0:
+    if not all(0 < value < np.inf for value in given.values()):
         raise InputError(f"--prior {file}: probabilities must be above 0; they are brought to a sum of 1")
     weights = np.array([given[name] for name in classes])
     return weights / weights.sum()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from medsd.errors import InputError
 from medsd.objectives.diffusion import epsilon_error_factor, log_snr
 
 WEIGHTINGS = ("uniform", "elbo")
@@ -66,8 +67,10 @@ def make_plan(
     proposal. A shorter plan is the beginning of a longer one.
 
     Weights for latents of d = c h w numbers: `uniform` d/2 (lambda_max - lambda_min), a surrogate that ranks best; `elbo`
-    d/2 T |d lambda/dt|, the evidence lower bound itself (Kingma et al., 2021, eq. 17 in lambda).
+    d/2 T |d lambda/dt|, the evidence lower bound itself (Kingma et al., 2021, eq. 17 in lambda). Raises InputError for another one.
     """
+    if weighting not in WEIGHTINGS:
+        raise InputError(f"weighting {weighting} is none of {', '.join(WEIGHTINGS)}")
     proposal = proposal or Proposal()
     lambdas = log_snr(scheduler)
     usable = int(torch.isfinite(lambdas).sum())

@@ -27,6 +27,7 @@ from medsd.models.codec import Codec
 
 ENCODE_BATCH = 16
 GPU_ROWS = 512
+"""Rows of a call on a GPU at first; halved where memory does not suffice."""
 FEW_NUMBERS = 256
 """Of each tensor, in a fingerprint."""
 MODES = ("posterior", "decide", "full")
@@ -140,6 +141,10 @@ class ScoringMixin:
         default_prior = prior is None
         if default_prior and prompts is None and self.data.multi_label:
             prior = self.hypotheses.prior()
+        if prior is not None and (np.shape(prior) != (len(texts),) or not np.all(np.asarray(prior) >= 0)):
+            raise InputError(
+                f"a prior of shape {np.shape(prior)}: one probability, 0 or more, for each of {len(texts)} hypotheses is expected"
+            )
         belief = Belief(calibration or Calibration.none(len(texts)), prior)
         chosen = self._precision(precision, calibration)
         calls = self.batch_rows(batch_size)
