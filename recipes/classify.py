@@ -297,7 +297,7 @@ def finish(
     with replacing(Path(config.output_dir)) as made:
         pyarrow.parquet.write_table(table, made / "likelihoods.parquet")
         if groups is not None:
-            pyarrow.parquet.write_table(groups, made / "groups.parquet")
+            pyarrow.parquet.write_table(pyarrow.table(groups), made / "groups.parquet")
         if failed:
             (made / "failed.jsonl").write_text("".join(json.dumps(failure) + "\n" for failure in failed))
         if config.evidence:
@@ -310,11 +310,11 @@ def finish(
 def measure(
     config: ClassifyConfig, pipe: "MedSDPipeline", table: Any, rows: Any, labels: "np.ndarray", prior: "np.ndarray | None"
 ) -> tuple[dict[str, Any], Any]:
-    """`metrics.json`, and the table of groups where images are to be joined."""
+    """`metrics.json`, and the columns of groups where images are to be joined."""
     import numpy as np
 
     from medsd.data.transforms import column
-    from medsd.evaluation.tables import class_metrics, group_table
+    from medsd.evaluation.tables import class_metrics, group_columns
 
     calibration, names, groups = pipe.info.calibration, pipe.class_names, None
     probabilities = np.stack([table[f"prob/{name}"].to_numpy() for name in names], 1)
@@ -322,7 +322,7 @@ def measure(
     if config.group_by:
         ids = column(rows, f"{config.group_by}_id").to_pylist()
         temperature, rule = (calibration.group_temperature, calibration.group_rule) if calibration else (None, "mean")
-        groups, joined = group_table(config.group_by, ids, probabilities, labels, names, temperature, rule, prior)
+        groups, joined = group_columns(config.group_by, ids, probabilities, labels, names, temperature, rule, prior)
         metrics |= joined | {"reasons": metrics["reasons"] | joined["reasons"]}
     return metrics | {
         "calibrated": calibration is not None,

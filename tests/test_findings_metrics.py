@@ -7,7 +7,7 @@ from sklearn.metrics import accuracy_score, average_precision_score, balanced_ac
 from medsd.errors import InputError
 from medsd.evaluation.findings import findings_metrics
 from medsd.evaluation.groups import any_findings, common_labels, join_classes, join_findings
-from medsd.evaluation.tables import class_metrics, group_table
+from medsd.evaluation.tables import class_metrics, group_columns
 
 NAMES = ["effusion", "nodule", "mass"]
 
@@ -104,9 +104,9 @@ def test_a_table_of_patients():
     labels, patients = np.repeat(of_patient, 4), np.repeat([f"p{number:02d}" for number in range(60)], 4)
     logits = generator.normal(size=240) + 0.7 * (2 * labels - 1)
     probabilities = np.stack([1 / (1 + np.exp(logits)), 1 / (1 + np.exp(-logits))], 1)
-    table, metrics = group_table("patient", patients, probabilities, labels, ["no", "yes"], 1.0, "mean")
-    assert table["images"].to_pylist() == [4] * 60 and len(table["prob/yes"]) == 60
+    table, metrics = group_columns("patient", patients, probabilities, labels, ["no", "yes"], 1.0, "mean")
+    assert table["images"].tolist() == [4] * 60 and len(table["prob/yes"]) == 60
     assert metrics["patient_auroc"] > roc_auc_score(labels, logits) + 0.05 and metrics["patient_auroc_ci"][0] < metrics["patient_auroc"]
     labels[0] = 1 - labels[0]
-    _, mixed = group_table("series", patients, probabilities, labels, ["no", "yes"], 1.0, "mean")
+    _, mixed = group_columns("series", patients, probabilities, labels, ["no", "yes"], 1.0, "mean")
     assert mixed["series_auroc"] is None and "1 of 60" in mixed["reasons"]["series_auroc"]

@@ -31,7 +31,7 @@ def class_metrics(probabilities: Floats, labels: NDArray, names: Sequence[str], 
     return metrics
 
 
-def group_table(
+def group_columns(
     unit: str,
     groups: Sequence[str],
     probabilities: Floats,
@@ -40,14 +40,12 @@ def group_table(
     temperature: float | None,
     rule: str,
     prior: Floats | None = None,
-) -> tuple[Any, dict[str, Any]]:
-    """A `pyarrow.Table` with a row per group (`patient` or `series`), and `UNIT_auroc`, `UNIT_accuracy` with their intervals.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Columns with a row per group (`patient` or `series`), and `UNIT_auroc`, `UNIT_accuracy` with their intervals.
 
     Classes: `join_classes` with this temperature, None for the mean, of probabilities under `prior` (default uniform). Findings `(N, K)`:
     `join_findings` by this rule; a group has a finding where one of its images has it.
     """
-    import pyarrow
-
     ids, group_of = np.unique(np.asarray(groups, str), return_inverse=True)
     if labels.ndim == 2:
         joined = join_findings(probabilities, group_of, rule)
@@ -67,4 +65,4 @@ def group_table(
             found["reasons"][f"{unit}_{name}"] = metrics["reasons"][name]
     columns = {f"{unit}_id": ids, "images": np.bincount(group_of)}
     columns |= {f"prob/{name}": column for name, column in zip(names, joined.T, strict=True)}
-    return pyarrow.table({name: list(values) for name, values in columns.items()}), found
+    return columns, found
