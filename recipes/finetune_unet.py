@@ -346,11 +346,9 @@ def train(
                 fixed = {"loss": element_loss, "emphasis": emphasis, "perturbation": perturbation}
                 error_of = partial(measure, unet, schedule, latents, noise, timesteps, **fixed)
                 own = error_of(condition=prompts)
-                error = weights[timesteps] * own
+                error = weights[timesteps] * own + contrast(error_of, own, prompts, timesteps, draws)
                 sampler.learn(timesteps, error.detach())
-                state.learn(
-                    accelerator, (factors * error).mean() + contrast(error_of, own, prompts, timesteps, draws), config.max_grad_norm
-                )
+                state.learn(accelerator, (factors * error).mean(), config.max_grad_norm)
 
     accelerator.wait_for_everyone()
     state.adopt_average()

@@ -36,10 +36,10 @@ def test_the_term_is_a_logistic_loss_of_the_difference():
     contrast = contrast_of()
     # Image 0 is explained better by its own prompt, image 1 by its rival, image 2 has no rival. Each is alone in its stretch of
     # timesteps, so that its difference is plus or minus one RMS.
-    term = contrast(error_of, own, PROMPTS, TIMESTEPS, torch.Generator().manual_seed(0))
-    expected = 0.5 * (F.softplus(torch.tensor(-SHARPNESS)) + F.softplus(torch.tensor(SHARPNESS))) / 3
-    assert term.item() == pytest.approx(expected.item(), rel=1e-5)
-    term.backward()
+    terms = contrast(error_of, own, PROMPTS, TIMESTEPS, torch.Generator().manual_seed(0))
+    expected = 0.5 * F.softplus(torch.tensor([-SHARPNESS, SHARPNESS]))
+    torch.testing.assert_close(terms, torch.cat([expected, torch.zeros(1)]))
+    terms.sum().backward()
     assert errors.grad[0, 0] > 0 > errors.grad[0, 1] and errors.grad[1, 0] > 0 > errors.grad[1, 1]
     assert abs(errors.grad[1, 0]) / 0.3**-1 > abs(errors.grad[0, 0]) / 0.1**-1, "what is told wrongly pulls harder"
     assert not errors.grad[2].any()
@@ -59,9 +59,9 @@ def test_the_scale_follows_the_differences():
                 TIMESTEPS,
                 torch.Generator(),
             )
-        terms.append(term.item())
+        terms.append(term.sum().item())
     assert terms[0] == pytest.approx(terms[1], rel=1e-4)
-    assert contrast.state[:, 1].max() == pytest.approx(1 - DECAY**5, rel=1e-3)
+    assert contrast.memory["contrast"][:, 1].max() == pytest.approx(1 - DECAY**5, rel=1e-3)
 
 
 def test_a_difference_that_overflowed_is_not_learnt():
@@ -74,7 +74,7 @@ def test_nothing_costs_nothing():
     def never(condition):
         raise AssertionError("no error is asked for")
 
-    assert NoContrast()(never, ERRORS[:, 0], PROMPTS, TIMESTEPS, torch.Generator()).item() == 0
+    assert not NoContrast()(never, ERRORS[:, 0], PROMPTS, TIMESTEPS, torch.Generator()).any()
 
 
 def info(multi_label):

@@ -510,8 +510,8 @@ def test_what_cannot_be_measured_cannot_be_gone_by(phantom_data, tmp_path, flags
 # What training takes
 
 
-def test_flops_are_those_of_a_batch_by_image():
-    """Two FLOPs for each weight and image, thrice in training; what is computed once a batch is shared out."""
+def test_flops_are_those_of_all_passes():
+    """Two FLOPs for each weight and image, thrice in training; what is computed once a batch counts once a batch."""
 
     class Network(torch.nn.Module):
         def __init__(self):
@@ -523,12 +523,13 @@ def test_flops_are_those_of_a_batch_by_image():
 
     network = Network()
     counter = FlopCounter(network)
-    network(torch.zeros(5, 4))
-    network(torch.zeros(3, 4))
-    assert counter.per_image() == 3 * 2 * (4 * 6 + 10 * 8 * 4 / 5)
+    for _ in range(4):
+        network(torch.zeros(5, 4))
+    once = 2 * (5 * 4 * 6 + 10 * 8 * 4)
+    assert counter.total() == 4 * 3 * once
     network.each.weight.requires_grad_(False)
     network.table.weight.requires_grad_(False)
-    assert counter.per_image() == 2 * 2 * (4 * 6 + 10 * 8 * 4 / 5)
+    assert counter.total() == 4 * 2 * once
 
 
 def test_what_cannot_be_counted_costs_nothing():
@@ -539,7 +540,7 @@ def test_what_cannot_be_counted_costs_nothing():
     network = Network()
     counter = FlopCounter(network)
     network(torch.arange(3))
-    assert counter.per_image() is None
+    assert counter.total() is None
 
 
 # Readers

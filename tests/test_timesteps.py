@@ -83,8 +83,8 @@ def test_importance_is_uniform_until_every_bin_has_been_seen():
 def test_probabilities_are_the_root_of_the_second_moment_and_a_uniform_share(steps, bins):
     """Errors of +-e: a mean of zero, a second moment of e^2."""
     sampler = ImportanceTimesteps(steps, bins)
-    assert sampler.bin_of.unique().numel() == min(bins, steps) and sampler.bin_of.bincount().min() >= steps // bins
-    size = 1 + sampler.bin_of.float()
+    assert sampler.squares.bin_of.unique().numel() == min(bins, steps) and sampler.squares.bin_of.bincount().min() >= steps // bins
+    size = 1 + sampler.squares.bin_of.float()
     for sign in (1, -1):
         sampler.learn(every_timestep(steps), sign * size)
     expected = 0.9 * size / size.sum() + 0.1 / steps

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from medsd.objectives.timesteps import Gather
+from medsd.objectives.timesteps import Gather, RunningSquares
 from medsd.randomness import Randomness, uniform
 
 SHARPNESS = 2.0
@@ -25,7 +25,7 @@ ErrorOf = Callable[..., torch.Tensor]
 
 
 class Contrast(Protocol):
-    """What is added to the mean error."""
+    """What is added to each image's error."""
 
     memory: dict[str, torch.Tensor]
     """What is changed in place, by name: all that a checkpoint has to keep."""
@@ -33,7 +33,7 @@ class Contrast(Protocol):
     def __call__(
         self, error_of: ErrorOf, error: torch.Tensor, prompts: torch.Tensor, timesteps: torch.Tensor, draws: Randomness
     ) -> torch.Tensor:
-        """A number, from the errors `(B,)` of the batch's own `prompts` `(B,)`."""
+        """`(B,)`, from the errors `(B,)` of the batch's own `prompts` `(B,)`."""
 
 
 class NoContrast:
@@ -45,8 +45,8 @@ class NoContrast:
     def __call__(
         self, error_of: ErrorOf, error: torch.Tensor, prompts: torch.Tensor, timesteps: torch.Tensor, draws: Randomness
     ) -> torch.Tensor:
-        """0."""
-        return error.new_zeros(())
+        """Zeros."""
+        return torch.zeros_like(error)
 
 
 class PairedContrast:
@@ -62,34 +62,18 @@ class PairedContrast:
     def __init__(
         self, weight: float, rivals: torch.Tensor, steps: int, device: torch.device | str = "cpu", gather: Gather = lambda tensors: tensors
     ) -> None:
-        self.weight, self.rivals, self.gather = weight, rivals.to(device), gather
-        self.stretch_of = torch.arange(steps, device=device) * STRETCHES // steps
-        self.state = torch.zeros(STRETCHES, 2, device=device)
-        """Per stretch of timesteps, the decaying sum of squared differences and of their weights."""
-        self.memory = {"contrast": self.state}
+        self.weight, self.rivals = weight, rivals.to(device)
+        self.squares = RunningSquares(steps, STRETCHES, DECAY, device, gather)
+        self.memory = {"contrast": self.squares.state}
 
     def __call__(
         self, error_of: ErrorOf, error: torch.Tensor, prompts: torch.Tensor, timesteps: torch.Tensor, draws: Randomness
     ) -> torch.Tensor:
-        """weight x mean of log(1 + exp(-s d)), 0 for an image without a rival."""
+        """weight x log(1 + exp(-s d)), 0 for an image without a rival."""
         drawn = (uniform(prompts.shape, draws) * self.rivals.shape[1]).long()
         rival = self.rivals[prompts, drawn]
         there = rival >= 0
         difference = error_of(condition=torch.where(there, rival, prompts)) - error
-        stretches = self.stretch_of[timesteps]
-        self._learn(stretches, difference.detach(), there)
-        squares, weights = self.state.unbind(1)
-        scale = SHARPNESS / (squares / weights.clamp(min=1e-6)).sqrt().clamp(min=1e-12)
-        terms = F.softplus(-scale[stretches] * difference)
-        return self.weight * (terms * there).mean()
-
-    def _learn(self, stretches: torch.Tensor, difference: torch.Tensor, there: torch.Tensor) -> None:
-        """Average squares into their stretches; a difference that overflowed is passed over, like its update."""
-        stretches, difference, there = self.gather((stretches, difference.detach(), there))
-        usable = (there & difference.isfinite()).double()
-        squares = torch.where(usable > 0, difference.double() ** 2, 0.0)
-        none = torch.zeros(STRETCHES, dtype=torch.float64, device=squares.device)
-        counts = none.index_add(0, stretches, usable)
-        means = none.index_add(0, stretches, squares) / counts.clamp(min=1)
-        kept = DECAY**counts
-        self.state.mul_(kept[:, None]).add_((1 - kept)[:, None] * torch.stack([means, torch.ones_like(means)], 1))
+        self.squares.learn(timesteps, difference, there)
+        scale = SHARPNESS / self.squares.means().sqrt().clamp(min=1e-12)
+        return self.weight * F.softplus(-scale[self.squares.bin_of[timesteps]] * difference) * there

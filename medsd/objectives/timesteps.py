@@ -65,13 +65,44 @@ class LogitNormalTimesteps:
         """Nothing is learnt."""
 
 
+class RunningSquares:
+    """Mean squares of numbers that come with timesteps, in `bins` equal stretches of the T = `steps` of them.
+
+    Each is an exponential average with a memory of about 1 / (1 - `decay`) numbers. `gather` brings together what several processes saw.
+    Everything stays on `device`, so that nobody waits for it.
+    """
+
+    def __init__(self, steps: int, bins: int, decay: float, device: torch.device | str, gather: Gather) -> None:
+        self.decay, self.gather = decay, gather
+        self.bin_of = torch.arange(steps, device=device) * bins // steps
+        """`(T,)`."""
+        self.state = torch.zeros(bins, 2, device=device)
+        """Per bin, the decaying sum of squares and the sum of its weights."""
+
+    def means(self) -> torch.Tensor:
+        """`(bins,)`; 0 where nothing was seen."""
+        squares, weights = self.state.unbind(1)
+        return squares / weights.clamp(min=1e-6)
+
+    def learn(self, timesteps: torch.Tensor, values: torch.Tensor, counted: torch.Tensor | None = None) -> None:
+        """Take note of values `(B,)`, all or those `counted` `(B,)`; one that overflowed in half precision is passed over."""
+        counted = torch.ones_like(values, dtype=torch.bool) if counted is None else counted
+        timesteps, values, counted = self.gather((timesteps, values.detach(), counted))
+        squares, none = values.double() ** 2, torch.zeros(len(self.state), dtype=torch.float64, device=values.device)
+        usable = squares.isfinite() & counted
+        bins = self.bin_of[timesteps]
+        counts = none.index_add(0, bins, usable.double())
+        means = none.index_add(0, bins, torch.where(usable, squares, 0.0)) / counts.clamp(min=1)
+        kept = self.decay**counts
+        self.state.mul_(kept[:, None]).add_((1 - kept)[:, None] * torch.stack([means, torch.ones_like(means)], 1))
+
+
 class ImportanceTimesteps:
     """Timesteps of large errors more often, with factors that keep the objective (Nichol & Dhariwal, 2021, section 3.3, eq. 18).
 
     p_t is proportional to sqrt(E[L_t^2]), mixed with a uniform share that bounds the factors by 1 / `uniform`. The paper keeps
-    the last 10 losses of each timestep; here neighbouring timesteps share a bin, and a bin keeps an exponential average with
-    a memory of about 1 / (1 - `decay`) losses. Until every bin has seen a loss, the draw is uniform. `gather` brings together
-    what several processes saw. Everything stays on `device`, so that nobody waits for it.
+    the last 10 losses of each timestep; here neighbouring timesteps share a bin (`RunningSquares`). Until every bin has seen a loss, the
+    draw is uniform.
     """
 
     def __init__(
@@ -83,18 +114,15 @@ class ImportanceTimesteps:
         device: torch.device | str = "cpu",
         gather: Gather = lambda tensors: tensors,
     ) -> None:
-        self.steps, self.decay, self.uniform, self.gather = steps, decay, uniform, gather
-        bins = min(bins, steps)
-        self.bin_of = torch.arange(steps, device=device) * bins // steps
-        self.state = torch.zeros(bins, 2, device=device)
-        """Per bin, the decaying sum of squared losses and the sum of its weights: their ratio estimates E[L^2]."""
+        self.steps, self.uniform = steps, uniform
+        self.squares = RunningSquares(steps, min(bins, steps), decay, device, gather)
+        self.state = self.squares.state
 
     def probabilities(self) -> torch.Tensor:
         """p_t of every timestep, `(T,)` float32, sum 1."""
-        moment, weight = self.state.unbind(1)
-        size = (moment / weight).sqrt()[self.bin_of]
+        size = self.squares.means().sqrt()[self.squares.bin_of]
         learnt = (1 - self.uniform) * size / size.sum() + self.uniform / self.steps
-        return torch.where(weight.all(), learnt, 1 / self.steps)
+        return torch.where(self.state[:, 1].all(), learnt, 1 / self.steps)
 
     def sample(self, count: int, draws: Randomness) -> tuple[torch.Tensor, torch.Tensor]:
         """Timesteps `(count,)` and factors (1 / T) / p_t."""
@@ -103,15 +131,8 @@ class ImportanceTimesteps:
         return timesteps, 1 / (self.steps * probabilities[timesteps])
 
     def learn(self, timesteps: torch.Tensor, errors: torch.Tensor) -> None:
-        """Average squared errors into their bins; an error that overflowed in half precision is passed over, like its update."""
-        timesteps, errors = self.gather((timesteps, errors.detach()))
-        squares, none = errors.double() ** 2, torch.zeros(len(self.state), dtype=torch.float64, device=errors.device)
-        usable = squares.isfinite()
-        bins = self.bin_of[timesteps]
-        counts = none.index_add(0, bins, usable.double())
-        means = none.index_add(0, bins, torch.where(usable, squares, 0.0)) / counts.clamp(min=1)
-        kept = self.decay**counts
-        self.state.mul_(kept[:, None]).add_((1 - kept)[:, None] * torch.stack([means, torch.ones_like(means)], 1))
+        """Average squared errors into their bins."""
+        self.squares.learn(timesteps, errors)
 
 
 SAMPLERS = {"uniform": UniformTimesteps, "logit_normal": LogitNormalTimesteps, "importance": ImportanceTimesteps}

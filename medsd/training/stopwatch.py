@@ -67,27 +67,29 @@ class Stopwatch:
 
 
 class FlopCounter:
-    """FLOPs per image of a network's training step: those of a forward pass, and of a backward pass that takes twice as many.
+    """FLOPs of a network's training: those of its forward passes, and of backward passes that take twice as many.
 
-    (As many, where most weights are frozen.) What is computed outside the network, such as latents, is not among them.
+    (As many, where most weights are frozen.) What is computed outside the network, such as latents, is not among them. All passes count
+    as the first, since micro-batches are of one size.
     """
 
     def __init__(self, network: torch.nn.Module) -> None:
-        self.network, self.example = network, ()
+        self.network, self.example, self.passes = network, (), 0
         self.handle = network.register_forward_pre_hook(self._note)
 
     def _note(self, network: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        self.example = tuple(torch.empty_like(argument) for argument in arguments)
-        self.handle.remove()
+        self.passes += 1
+        self.example = self.example or tuple(torch.empty_like(argument) for argument in arguments)
 
     @torch.no_grad()
-    def per_image(self) -> float | None:
+    def total(self) -> float | None:
         """Call it once, when the training is over. None where it cannot be counted: xformers, and shapes that depend on the prompts."""
         if attention_kernel(self.network) == "xformers":
             return None
         # Of shapes alone, which takes neither time nor memory. The counter knows the products within plain attention, but not every
         # kernel that stands for them.
         shapes = FakeTensorMode(allow_non_fake_inputs=True)
+        self.handle.remove()
         try:
             with shapes, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 self.network(*map(shapes.from_tensor, self.example))
@@ -95,7 +97,7 @@ class FlopCounter:
             return None
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.network.parameters()]
         mostly_learns = sum(size for size, learns in sizes if learns) > sum(size for size, learns in sizes if not learns)
-        return counter.get_total_flops() * (3 if mostly_learns else 2) / len(self.example[0])
+        return counter.get_total_flops() * (3 if mostly_learns else 2) * self.passes
 
 
 def profile(watch: Stopwatch, images: int, processes: int, precision: str) -> dict[str, Any]:
@@ -109,9 +111,9 @@ def profile(watch: Stopwatch, images: int, processes: int, precision: str) -> di
     rate = images / busy if busy else 0.0
     numbers = {f"share_{phase}": round(watch.seconds[phase] / busy, 4) if busy else 0.0 for phase in PHASES}
     numbers |= {"images_per_second": round(rate * processes, 3), "peak_memory_gb": round(peak_memory(watch.device) / 1e9, 3)}
-    if flops := watch.flops.per_image() if watch.flops is not None else None:
+    if busy and watch.flops is not None and (flops := watch.flops.total()):
         peak = peak_flops(watch.device, precision)
-        numbers |= {"flops_per_second": flops * rate, "peak_share": flops * rate / peak if peak else None}
+        numbers |= {"flops_per_second": flops / busy, "peak_share": flops / busy / peak if peak else None}
     return numbers
 
 

@@ -1,0 +1,76 @@
+"""Pipelines of one data set side by side: how well they classify, what a score costs, and how well they draw.
+
+    python benchmarks/compare_models.py --dataset_name runs/phantom/data --pipelines runs/phantom/unet runs/phantom/discriminative
+
+Each has been scored by `classify.py` into PIPELINE-scores. *FID* is the Frechet distance (Heusel et al., 2017) between the test images and
+as many drawn ones, the classes as often, in the features of a ResNet that was trained on the training images (`resnet.py`); its floor is
+that between the validation and the test images. Training time is that of the training steps, from `environment.json`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from resnet import Part, ResNet, read, train
+from scipy.linalg import sqrtm
+
+from medsd import MedSDPipeline
+
+METRICS = ("auroc", "balanced_accuracy", "nll", "ece", "rows_per_image")
+DRAWN_AT_ONCE = 50
+
+
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of features `(N, D)` and `(M, D)`."""
+    covariances = [np.cov(features, rowvar=False) for features in (first, second)]
+    between = ((first.mean(0) - second.mean(0)) ** 2).sum()
+    return float(between + np.trace(sum(covariances) - 2 * sqrtm(covariances[0] @ covariances[1]).real))
+
+
+@torch.no_grad()
+def features(model: ResNet, images: torch.Tensor) -> np.ndarray:
+    """`(N, D)` float64."""
+    return torch.cat([model.maps(part).mean((2, 3)) for part in images.split(128)]).double().numpy()
+
+
+def drawn(pipe: MedSDPipeline, labels: np.ndarray, guidance: float) -> torch.Tensor:
+    """As many images of each class as there are labels of it, `(N, C, R, R)` in `[-1, 1]`."""
+    found = []
+    for label, count in enumerate(np.bincount(labels)):
+        wanted = {"class_name": pipe.class_names[label], "guidance_scale": guidance, "output_type": "pt"}
+        for start in range(0, count, DRAWN_AT_ONCE):
+            draws, some = torch.Generator().manual_seed(start), min(DRAWN_AT_ONCE, count - start)
+            found.append(pipe(num_images_per_prompt=some, generator=draws, **wanted).images)
+    return 2 * torch.cat(found) - 1
+
+
+def row(pipeline: str, test: Part, model: ResNet, real: np.ndarray, guidance: float) -> dict[str, float]:
+    scores = json.loads(Path(f"{pipeline}-scores", "metrics.json").read_text())
+    environment = json.loads(Path(pipeline, "environment.json").read_text())
+    pipe = MedSDPipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    found = {name: scores[name] for name in METRICS}
+    found |= {f"{name}_ci": scores[f"{name}_ci"] for name in METRICS[:2]}
+    found["images_per_second"] = environment["profile"]["images_per_second"]
+    return found | {"fid": frechet_distance(features(model, drawn(pipe, test.labels, guidance)), real)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_name", required=True)
+    parser.add_argument("--pipelines", nargs="+", required=True)
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    options = parser.parse_args()
+    parts = {split: read(options.dataset_name, split) for split in ("train", "validation", "test")}
+    model = train(parts["train"], parts["validation"], int(parts["train"].labels.max()) + 1, seed=0)
+    real = features(model, parts["test"].images)
+    print({"fid floor": round(frechet_distance(features(model, parts["validation"].images), real), 4)}, flush=True)
+    for pipeline in options.pipelines:
+        found = row(pipeline, parts["test"], model, real, options.guidance_scale)
+        print(pipeline, {name: np.round(value, 4).tolist() for name, value in found.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
