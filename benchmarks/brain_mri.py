@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 from PIL import Image
-from resnet import Part, fold_of, grad_cam, logits, read, scaled, train
 
+from benchmarks.resnet import Part, fold_of, grad_cam, logits, read, scaled, train
 from medsd import MedSDPipeline, load_dataset
 from medsd.data.transforms import recorded_ranges
 from medsd.evaluation.classification import classification_metrics

@@ -20,12 +20,12 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.training_speed import machine
 from medsd import MedSDPipeline, load_dataset
 from medsd.data.transforms import stratified
 from medsd.evaluation.classification import calibration_error, calibration_floor
@@ -216,19 +216,24 @@ class PlainLoop:
         return left[int((sums[left] + rest).argmin())]
 
 
-def timed(pipe: MedSDPipeline, images: list[np.ndarray], turns: int) -> dict:
-    """Seconds an image of each way, in turns; and rows/s of the engine against the plain loop on the same rows."""
-    loop = PlainLoop(pipe, pipe.encode_images(images[:1]))
+def timed(pipe: MedSDPipeline, plain: MedSDPipeline, images: list[np.ndarray], turns: int) -> dict:
+    """Seconds an image of each way, in turns; and rows/s of the engine against the plain loop on the same rows.
+
+    `plain` is the pipeline as it is, for the published ways; `pipe` may be compiled, which happens before the first turn.
+    """
+    loop = PlainLoop(plain, pipe.encode_images(images[:1]))
     everything = list(range(len(loop.conditions)))
     ways: dict[str, Callable[[list[np.ndarray]], object]] = {
         "staged, published": lambda part: [loop.staged(image) for image in part],
         "ours, decide 0.05": lambda part: pipe.classify(part, mode="decide", delta=0.05, max_pairs=PAIRS),
         "ours, decide 0.01": lambda part: pipe.classify(part, mode="decide", delta=0.01, max_pairs=PAIRS),
         "ours, posterior": lambda part: pipe.classify(part, mode="posterior", max_pairs=PAIRS),
-        "plain loop, same rows": lambda part: [loop.errors(pipe.encode_images([one]), everything, spread(PAIRS)) for one in part],
+        "plain loop, same rows": lambda part: [loop.errors(plain.encode_images([one]), everything, spread(PAIRS)) for one in part],
         "engine fp32, same rows": lambda part: pipe.classify(part, mode="full", max_pairs=PAIRS, precision="fp32"),
         "engine, same rows": lambda part: pipe.classify(part, mode="full", max_pairs=PAIRS, precision=fast_precision(pipe.device)),
     }
+    for way in ways.values():
+        way(images[:1])
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for part in shares(images, turns):
         for name, way in ways.items():
@@ -286,15 +291,19 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="of the curves; 0 for none")
     parser.add_argument("--timed_images", type=int, default=50)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="our UNet with torch.compile, as classify.py --compile")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    pipe = MedSDPipeline.from_pretrained(options.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe, plain = (MedSDPipeline.from_pretrained(options.pipeline).to(device) for _ in range(2))
+    if options.compile:
+        pipe.compile_scoring()
     rows = load_dataset(options.dataset_name, options.split)
     rows = rows.select(stratified(np.array(rows["label"]), rows["key"], options.images or options.timed_images, 0))
     labels, images = np.array(rows["label"]), list(rows["image"])
-    result = {"date": date.today().isoformat(), "torch": torch.__version__, "device": str(pipe.device), "images": len(images)}
+    result = machine() | {"device": str(pipe.device), "compiled": options.compile, "images": len(images)}
     if options.timed_images:
-        result["timed"] = timed(pipe, images[: options.timed_images], options.turns)
+        result["timed"] = timed(pipe, plain, images[: options.timed_images], options.turns)
         print(json.dumps(result["timed"]["ratios"], indent=1), flush=True)
     if options.images:
         result |= compared(pipe, images, labels, options.work)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from resnet import Part, ResNet, read, train
 from scipy.linalg import sqrtm
 
+from benchmarks.resnet import Part, ResNet, read, train
 from medsd import MedSDPipeline
 
 METRICS = ("auroc", "balanced_accuracy", "nll", "ece", "rows_per_image")
