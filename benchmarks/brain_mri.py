@@ -1,11 +1,12 @@
 """Brain tumour MRI (T1 with contrast, 406 slices), every image scored once: the diffusion classifier and a ResNet on the same five folds.
 
-    python benchmarks/brain_mri.py --data_dir ../shared/data/brain_mri_t1ce_3class --work /tmp/brain_mri -- --max_train_steps 6000
+    python benchmarks/brain_mri.py --data_dir ../shared/data/brain_mri_t1ce_3class --work /tmp/brain_mri
 
-Folds are by `pseudo_group` (nearly: patients), three to train on, one to stop, calibrate and choose on, one to test. Flags after `--`
-go to finetune_unet.py. Prints balanced accuracy, AUROC and NLL of all 406 images with intervals, and how often, among the rightly
-classified, the peak lies in the tumour's box: of the evidence map, of the difference to a counterfactual, of the ResNet's Grad-CAM,
-and of the one pixel that lies in most boxes of the training folds. Writes brain_mri.json; a fold that is there is not computed again.
+Folds are by `pseudo_group` (nearly: patients), three to train on, one to stop, calibrate and choose on, one to test. *plain* is a model
+trained as usual, *discriminative* the same trained on with `--discriminative_weight`. Prints balanced accuracy, AUROC and NLL of all 406
+images with intervals, and how often, among the rightly classified, the peak lies in the tumour's box: of the maps in `maps`, of the
+ResNet's Grad-CAM, and of the one pixel that lies in most boxes of the training folds. Writes brain_mri.json; what is there is not
+computed again.
 """
 
 import argparse
@@ -15,19 +16,27 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from benchmarks.resnet import Part, fold_of, grad_cam, logits, read, scaled, train
 from medsd import MedSDPipeline, load_dataset
 from medsd.data.transforms import recorded_ranges
 from medsd.evaluation.classification import classification_metrics
+from medsd.inference.evidence import BLUR
 
 FOLDS = 5
 RECIPES = Path(__file__).parents[1] / "recipes"
 AUGMENTATION = ["--random_shift", "4", "--random_rotation", "10", "--random_scale", "0.1", "--random_intensity", "0.1"]
+MODELS = {
+    "plain": ["--max_train_steps", "2500"],
+    "discriminative": ["--max_train_steps", "600", "--learning_rate", "3e-4", "--discriminative_weight", "0.1"],
+}
+"""Flags of each; the second goes on from the first."""
 COUNTERFACTUAL_SEEDS = 4
 
 
@@ -70,29 +79,29 @@ def recipe(name: str, *flags: str) -> None:
     subprocess.run([sys.executable, str(RECIPES / f"{name}.py"), *flags], check=True)
 
 
-def run_fold(work: Path, fold: int, resolution: int, flags: list[str]) -> Path:
-    """Prepare, train and classify; returns the fold's folder."""
+def prepare_fold(work: Path, fold: int, resolution: int) -> Path:
+    """Its folder, with data in it."""
     folder = work / f"fold-{fold}"
-    data, run, scores = (str(folder / name) for name in ("data", "unet", "scores"))
+    data = str(folder / "data")
     if not Path(data).is_dir():
-        table = [
-            "--labels",
-            str(work / f"fold-{fold}.csv"),
-            "--image_column",
-            "path",
-            "--patient_column",
-            "group",
-            "--split_column",
-            "split",
-        ]
+        columns = ["--image_column", "path", "--patient_column", "group", "--split_column", "split"]
+        table = ["--labels", str(work / f"fold-{fold}.csv"), *columns]
         shape = ["--mask_column", "mask", "--resolution", str(resolution), "--duplicates", "keep"]
         prompt = ["--prompt_template", "a contrast-enhanced brain MRI with {label}"]
         recipe("prepare_data", "--source", "csv", "--data_dir", str(work), "--output_dir", data, *table, *shape, *prompt)
-    if not Path(scores).is_dir():
-        common = ["--class_sampling", "balanced", "--mixed_precision", "bf16", "--resume_from_checkpoint", "latest", *AUGMENTATION]
-        recipe("finetune_unet", "--dataset_name", data, "--output_dir", run, *common, *flags)
-        recipe("classify", "--pipeline", run, "--dataset_name", data, "--output_dir", scores, "--mode", "full", "--max_pairs", "128")
     return folder
+
+
+def train_and_score(folder: Path, name: str) -> None:
+    """A model of a fold, in NAME, and its scores of the test images, in NAME-scores."""
+    data, model = str(folder / "data"), str(folder / name)
+    common = ["--dataset_name", data, "--output_dir", model, "--class_sampling", "balanced", "--resume_from_checkpoint", "latest"]
+    start = [] if name == "plain" else ["--pretrained_model_name_or_path", str(folder / "plain")]
+    if not (folder / name / "model_index.json").is_file():
+        recipe("finetune_unet", *common, *AUGMENTATION, *start, *MODELS[name])
+    scores = f"{model}-scores"
+    if not Path(scores).is_dir():
+        recipe("classify", "--pipeline", model, "--dataset_name", data, "--output_dir", scores, "--mode", "full")
 
 
 def metrics_of(probabilities: np.ndarray, labels: np.ndarray, groups: list[str], names: list[str]) -> dict:
@@ -101,38 +110,65 @@ def metrics_of(probabilities: np.ndarray, labels: np.ndarray, groups: list[str],
     return {name: found[name] for name in wanted} | {f"{name}_ci": found[f"{name}_ci"] for name in wanted[:4]}
 
 
-def peaks(folder: Path, probabilities: np.ndarray, rows: object, names: list[str]) -> dict[str, list[bool]]:
+def exam_rows(folder: Path) -> Any:
+    """The fold's test images, by key."""
+    rows = load_dataset(str(folder / "data"), "test")
+    return rows.select(np.argsort(rows["key"]))
+
+
+def ours(folder: Path, name: str, classes: list[str]) -> np.ndarray:
+    """A model's probabilities `(N, K)` of the test images, by key."""
+    scores = pyarrow.parquet.read_table(folder / f"{name}-scores" / "likelihoods.parquet")
+    return np.stack([scores[f"prob/{label}"].to_numpy() for label in classes], 1)
+
+
+def resnet(folder: Path, rows: Any) -> tuple[np.ndarray, list[bool]]:
+    """The ResNet's probabilities of the test images, and where Grad-CAM peaks for those that it classifies rightly."""
+    data = str(folder / "data")
+    train_part, validation, test = (read(data, split) for split in ("train", "validation", "test"))
+    model = train(train_part, validation, len(rows.features["label"].names), seed=0)
+    order = np.argsort(test.keys)
+    test = Part(test.images[order], test.labels[order], test.patients[order], test.keys[order])
+    right = np.flatnonzero(logits(model, test.images).argmax(1) == test.labels)
+    cams = grad_cam(model, test.images[right], test.labels[right])
+    hits = [lies_in_box(cam, rows[int(index)]) for index, cam in zip(right, cams, strict=True)]
+    return scaled(model, validation, test), hits
+
+
+def lies_in_box(values: np.ndarray, row: dict[str, Any]) -> bool:
+    """Whether the peak of a map `(R, R)` lies in the tumour's box."""
+    return bool(row["mask"][0][np.unravel_index(values.argmax(), values.shape)])
+
+
+def our_maps(folder: Path, name: str, rows: Any, probabilities: np.ndarray) -> dict[str, list[bool]]:
     """For each rightly classified image, whether the peak of each kind of map lies in its box."""
-    pipe = MedSDPipeline.from_pretrained(folder / "unet")
+    pipe = MedSDPipeline.from_pretrained(folder / name)
     pipe.set_progress_bar_config(disable=True)
-    inside: dict[str, list[bool]] = {"evidence": [], "counterfactual": []}
-    for index, label in enumerate(rows["label"]):
-        if probabilities[index].argmax() != label:
-            continue
-        row, ranges = rows[index], recorded_ranges(rows.select([index]))
-        box, rival = row["mask"][0] > 0, names[int(np.argsort(probabilities[index])[-2])]
-        inside["evidence"].append(bool(box[pipe.evidence(row["image"], names[label], rival, ranges=ranges).peak]))
-        inside["counterfactual"].append(bool(box[peak(counterfactual_difference(pipe, row["image"], names[label], rival, ranges))]))
+    inside: dict[str, list[bool]] = {}
+    for index in np.flatnonzero(probabilities.argmax(1) == np.array(rows["label"])):
+        row, ranges = rows[int(index)], recorded_ranges(rows.select([index]))
+        own, rival = (pipe.class_names[number] for number in probabilities[index].argsort()[:-3:-1])
+        for kind, drawn in maps(pipe, row["image"], own, rival, ranges).items():
+            inside.setdefault(kind, []).append(lies_in_box(drawn, row))
     return inside
 
 
-def counterfactual_difference(pipe: MedSDPipeline, image: np.ndarray, own: str, rival: str, ranges: np.ndarray | None) -> np.ndarray:
-    """Mean absolute difference of the image redrawn as its own class and as the other, `(R, R)`."""
-    differences = []
-    for seed in range(COUNTERFACTUAL_SEEDS):
-        drawn = [pipe.counterfactual(image, name, 0.5, 20, 3.0, seed, ranges, "pt")[0] for name in (own, rival)]
-        differences.append((drawn[0] - drawn[1]).abs().mean(0).numpy())
-    return np.mean(differences, axis=0)
+def maps(pipe: MedSDPipeline, image: np.ndarray, own: str, rival: str, ranges: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Where the image shows its class `own`, `(R, R)` each: by the errors under the next class or under the empty prompt, and by what
+    differs between its counterfactuals as either class."""
+    found = {
+        "against the next class": pipe.evidence(image, own, rival, ranges=ranges).map,
+        "against the empty prompt": pipe.evidence(image, own, "", ranges=ranges).map,
+    }
+    drawn = {name: redrawn(pipe, image, name, ranges) for name in (own, rival)}
+    found["counterfactuals' difference"] = np.abs(drawn[own] - drawn[rival])
+    return found
 
 
-def peak(values: np.ndarray) -> tuple[int, int]:
-    row, column = np.unravel_index(values.argmax(), values.shape)
-    return int(row), int(column)
-
-
-def fixed_pixel(rows: object) -> tuple[int, int]:
-    """The pixel that lies in most boxes."""
-    return peak(np.sum([mask[0] > 0 for mask in rows["mask"]], axis=0))
+def redrawn(pipe: MedSDPipeline, image: np.ndarray, name: str, ranges: np.ndarray | None) -> np.ndarray:
+    """Mean of some counterfactuals as a class, `(R, R)` in [0, 1], blurred as evidence is."""
+    drawn = [pipe.counterfactual(image, name, 0.5, 20, 2.0, seed, ranges, "pt")[0].mean(0).numpy() for seed in range(COUNTERFACTUAL_SEEDS)]
+    return gaussian_filter(np.mean(drawn, axis=0), BLUR * drawn[0].shape[-1], mode="reflect")
 
 
 def main() -> None:
@@ -141,56 +177,35 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(FOLDS)))
-    parser.add_argument("flags", nargs="*")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     write_folds(options.data_dir, options.work)
-    collected: dict[str, list] = {name: [] for name in ("ours", "resnet", "labels", "groups")}
-    inside: dict[str, list[bool]] = {}
-    for fold in options.folds:
-        folder = run_fold(options.work, fold, options.resolution, options.flags)
-        names, ours, cnn, rows, maps = score_fold(folder)
-        labels = np.array(rows["label"])
-        for name, values in zip(collected, (ours, cnn, labels, rows["patient_id"]), strict=True):
-            collected[name] += list(values)
-        for name, hits in maps.items():
-            inside.setdefault(name, []).extend(hits)
-        print(
-            fold,
-            {
-                kind: metrics_of(part, labels, rows["patient_id"], names)["balanced_accuracy"]
-                for kind, part in (("ours", ours), ("resnet", cnn))
-            },
-            flush=True,
-        )
-    labels = np.array(collected["labels"])
-    result = {kind: metrics_of(np.array(collected[kind]), labels, collected["groups"], names) for kind in ("ours", "resnet")}
-    result |= {"images": len(labels), "peak inside": {name: float(np.mean(hits)) for name, hits in inside.items()}}
+    folders = [prepare_fold(options.work, fold, options.resolution) for fold in options.folds]
+    for folder in folders:
+        for name in MODELS:
+            train_and_score(folder, name)
+    found: dict[str, list[np.ndarray]] = {name: [] for name in (*MODELS, "resnet")}
+    inside: dict[str, list[bool]] = {"grad-cam": [], "fixed pixel": []}
+    labels, groups = [], []
+    for folder in folders:
+        rows = exam_rows(folder)
+        classes = rows.features["label"].names
+        for name in MODELS:
+            found[name].append(ours(folder, name, classes))
+            for kind, hits in our_maps(folder, name, rows, found[name][-1]).items():
+                inside.setdefault(f"{name}, {kind}", []).extend(hits)
+        probabilities, hits = resnet(folder, rows)
+        found["resnet"].append(probabilities)
+        inside["grad-cam"] += hits
+        place = np.sum([mask[0] > 0 for mask in load_dataset(str(folder / "data"), "train")["mask"]], axis=0)
+        inside["fixed pixel"] += [lies_in_box(place, row) for row in rows]
+        labels += rows["label"]
+        groups += rows["patient_id"]
+        print(folder.name, "scored", flush=True)
+    result = {name: metrics_of(np.concatenate(parts), np.array(labels), groups, classes) for name, parts in found.items()}
+    result |= {"images": len(labels), "peak inside": {kind: float(np.mean(hits)) for kind, hits in inside.items()}}
     (options.work / "brain_mri.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-
-
-def score_fold(folder: Path) -> tuple[list[str], np.ndarray, np.ndarray, object, dict[str, list[bool]]]:
-    """Class names, both models' probabilities of the test images by key, these rows, and where the maps peak."""
-    data = str(folder / "data")
-    rows = load_dataset(data, "test")
-    rows = rows.select(np.argsort(rows["key"]))
-    names = rows.features["label"].names
-    scores = pyarrow.parquet.read_table(folder / "scores" / "likelihoods.parquet")
-    ours = np.stack([scores[f"prob/{name}"].to_numpy() for name in names], 1)
-    train_part, validation, test = (read(data, split) for split in ("train", "validation", "test"))
-    model = train(train_part, validation, len(names), seed=0)
-    order = np.argsort(test.keys)
-    test = Part(test.images[order], test.labels[order], test.patients[order], test.keys[order])
-    cnn = scaled(model, validation, test)
-    maps = peaks(folder, ours, rows, names)
-    right = np.flatnonzero(logits(model, test.images).argmax(1) == test.labels)
-    cams = grad_cam(model, test.images[right], test.labels[right])
-    boxes = [rows[int(index)]["mask"][0] > 0 for index in right]
-    maps["grad-cam"] = [bool(box[peak(cam)]) for box, cam in zip(boxes, cams, strict=True)]
-    place = fixed_pixel(load_dataset(data, "train"))
-    maps["fixed pixel"] = [bool(mask[0][place] > 0) for mask in rows["mask"]]
-    return names, ours, cnn, rows, maps
 
 
 if __name__ == "__main__":

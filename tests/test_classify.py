@@ -213,6 +213,16 @@ def test_evidence_adds_up_to_the_log_odds(run, phantom_data):
     assert abs(odds) > 1 and evidence.map.sum() == pytest.approx(odds, rel=1e-3) and evidence.image.shape == (1, 32, 32)
     chosen, order = pipe.evidence(image, max_pairs=8), output.posterior.probabilities[0].argsort()
     assert (chosen.class_name, chosen.against) == (output.hypotheses[order[-1]], output.hypotheses[order[-2]])
+    beside_first = pipe.evidence(image, against=chosen.class_name, max_pairs=8)
+    assert beside_first.class_name == chosen.against and beside_first.map.sum() < 0 < chosen.map.sum()
+
+
+def test_evidence_against_the_empty_prompt(run, phantom_data):
+    pipe, image = MedSDPipeline.from_pretrained(run), load_dataset(phantom_data, "test")[0]["image"]
+    pipe.info = replace(pipe.info, calibration=None)
+    odds = np.diff(pipe.classify([image], prompts=["", pipe.data.prompts[2]], mode="full", max_pairs=8).log_likelihoods[0])
+    evidence = pipe.evidence(image, pipe.class_names[2], "", max_pairs=8)
+    assert evidence.against == "" and evidence.map.sum() == pytest.approx(odds[0], rel=1e-3)
 
 
 def test_a_counterfactual_stays_near_and_follows_its_class(run, phantom_data):

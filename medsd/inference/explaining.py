@@ -30,18 +30,22 @@ class ExplainingMixin(ScoringMixin):
         """The log-odds of two classes, shared out over the image's pixels, in nats.
 
         `class_name` and `against` default to the most probable class and the next one; of findings, name single ones, and `against`
-        defaults to none of them. `ranges` `(1, C, 2)` as in `encode_images`. Raises InputError for an unknown class.
+        defaults to none of them. `against=""` is the empty prompt (of findings: none of them), which shows more of what makes the class
+        where no class is the normal one. `ranges` `(1, C, 2)` as in `encode_images`. Raises InputError for an unknown class.
         """
-        normal = self.data.multi_label and () in self.hypotheses.sets
-        if class_name is None or (against is None and not normal):
-            class_name, against = self._two_classes(image, class_name, max_pairs, seed, ranges)
+        if against is None and self.data.multi_label and () in self.hypotheses.sets:
+            against = ""
+        if class_name is None or against is None:
+            order = self._most_probable(image, max_pairs, seed, ranges)
+            class_name = class_name if class_name is not None else next(name for name in order if name != against)
+            against = against if against is not None else next(name for name in order if name != class_name)
         latents = self.encode_images([image], ranges)
         conditions = self.encode_prompts([self._prompt_of(class_name), self._prompt_of(against)])
         plan = self._plan(latents, max_pairs, None, seed, self.info.calibration)
         elements = element_evidence(self._predict, self.noise_schedule, latents[0], conditions, plan, self.batch_rows())
         pixels = self.codec.spread(elements).cpu().numpy()
         blurred = gaussian_filter(pixels, BLUR * len(pixels), mode="reflect")
-        return Evidence(blurred, self._unit(image, ranges), class_name, against or "")
+        return Evidence(blurred, self._unit(image, ranges), class_name, against)
 
     @torch.no_grad()
     def counterfactual(
@@ -72,22 +76,18 @@ class ExplainingMixin(ScoringMixin):
         denoised = self._denoise(noised, condition, num_inference_steps, guidance_scale, generator, first)
         return self._finish(denoised, output_type)
 
-    def _two_classes(
-        self, image: np.ndarray | Image.Image, wanted: str | None, pairs: int, seed: int, ranges: np.ndarray | None
-    ) -> tuple[str, str]:
-        """The wanted class, or the most probable one, and the most probable other one."""
+    def _most_probable(self, image: np.ndarray | Image.Image, pairs: int, seed: int, ranges: np.ndarray | None) -> list[str]:
+        """The hypotheses, the most probable first."""
         output = self.classify([image], mode="full", max_pairs=pairs, seed=seed, ranges=ranges)
-        order = [output.hypotheses[index] for index in output.posterior.probabilities[0].argsort()[::-1]]
-        first = wanted if wanted is not None else order[0]
-        return first, next(name for name in order if name != first)
+        return [output.hypotheses[index] for index in output.posterior.probabilities[0].argsort()[::-1]]
 
-    def _prompt_of(self, name: str | None) -> str:
-        """Of a class or of a set of findings, `"a|b"`; of none of them."""
-        prompts = dict(zip(self.class_names, self.data.prompts, strict=True))
+    def _prompt_of(self, name: str) -> str:
+        """Of a class or of a set of findings, `"a|b"`; of none of them, or the empty prompt where there is no such set."""
+        prompts = {"": ""} | dict(zip(self.class_names, self.data.prompts, strict=True))
         prompts |= dict(zip(self.hypotheses.names(self.class_names), self.hypotheses.prompts(self.data), strict=True))
-        if (name or "") not in prompts:
+        if name not in prompts:
             raise InputError(f'unknown class "{name}"; this pipeline knows {", ".join(self.class_names) or "none"}')
-        return prompts[name or ""]
+        return prompts[name]
 
     def _unit(self, image: np.ndarray | Image.Image, ranges: np.ndarray | None) -> np.ndarray:
         """`(C, R, R)` in `[-1, 1]`."""
