@@ -4,7 +4,7 @@
 
 Folds are by `pseudo_group` (nearly: patients), three to train on, one to stop, calibrate and choose on, one to test. *plain* is a model
 trained as usual, *discriminative* the same trained on with `--discriminative_weight`. Prints balanced accuracy, AUROC and NLL of all 406
-images with intervals, and how often, among the rightly classified, the peak lies in the tumour's box: of the maps in `maps`, of the
+images with intervals, and how often, among the rightly classified, the peak lies in the tumour's box: of the second model's `maps`, of the
 ResNet's Grad-CAM, and of the one pixel that lies in most boxes of the training folds. Writes brain_mri.json; what is there is not
 computed again.
 """
@@ -192,8 +192,8 @@ def main() -> None:
         classes = rows.features["label"].names
         for name in MODELS:
             found[name].append(ours(folder, name, classes))
-            for kind, hits in our_maps(folder, name, rows, found[name][-1]).items():
-                inside.setdefault(f"{name}, {kind}", []).extend(hits)
+        for kind, hits in our_maps(folder, name, rows, found[name][-1]).items():
+            inside.setdefault(kind, []).extend(hits)
         probabilities, hits = resnet(folder, rows)
         found["resnet"].append(probabilities)
         inside["grad-cam"] += hits

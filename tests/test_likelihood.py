@@ -350,24 +350,24 @@ def test_calibration_needs_every_class():
         fit_calibration(np.zeros((3, 2)), np.zeros(3, dtype=int))
 
 
-def informative_stretch(informative, images=300, pairs=64):
-    """Losses of two classes that tell them apart only where a pair's place is within `informative`."""
+def informative_stretch(informative, difference, images=300, pairs=64):
+    """Losses of two classes that tell them apart, by a mean `difference`, only where a pair's place is within `informative`."""
     generator = np.random.default_rng(0)
     places, labels = (np.arange(pairs) + 0.5) / pairs, generator.integers(0, 2, images)
     losses = generator.normal(size=(images, 2, pairs))
     told = (places >= informative[0]) & (places < informative[1])
-    losses[np.arange(images), 1 - labels] += 0.5 * told
+    losses[np.arange(images), 1 - labels] += difference * told
     return losses, places, labels
 
 
 def test_weights_are_taken_where_they_win_and_nowhere_else():
     candidates = {"uniform": Weighting(), "fitted": Weighting(fitted=True)}
-    losses, places, labels = informative_stretch((0.25, 0.5))
+    losses, places, labels = informative_stretch((0.25, 0.5), 0.5)
     name, report = choose_weighting(candidates, losses, places, Answers.of_classes(labels, 2))
     assert name == "fitted" and report["fitted"]["gain"] > report["fitted"]["standard_error"] > 0
     weights = np.array(candidates[name].fit(losses, places, Answers.of_classes(labels, 2)).weights)
     assert weights[2:4].min() > 1.5 * np.delete(weights, [2, 3]).max()
-    losses, places, labels = informative_stretch((0.0, 1.0))
+    losses, places, labels = informative_stretch((0.0, 1.0), 0.25)
     assert choose_weighting(candidates, losses, places, Answers.of_classes(labels, 2))[0] == "uniform"
 
 
