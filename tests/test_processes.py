@@ -69,10 +69,11 @@ def test_two_processes_train_as_one_with_twice_the_batch_and_resume(phantom_data
 
 @pytest.mark.parametrize("processes", [2, "fsdp2"])
 def test_the_discriminative_term_is_that_of_one_process(phantom_data, tmp_path, processes):
+    """Within more than other losses, since it is made of small differences of them."""
     flags = ["--discriminative_weight", "0.1", "--max_train_steps", "4"]
     one = launch(1, tmp_path / "one", phantom_data, *flags, "--train_batch_size", "8")
     folder = launch(processes, tmp_path / "two", phantom_data, *flags, "--train_batch_size", "4")
-    assert losses(folder) == pytest.approx(losses(one), abs=1e-5)
+    assert losses(folder) == pytest.approx(losses(one), abs=1e-4)
 
 
 def test_adapters_and_class_tokens_are_sharded_in_half_precision(phantom_data, whole, tmp_path):
