@@ -192,7 +192,7 @@ def main() -> None:
         classes = rows.features["label"].names
         for name in MODELS:
             found[name].append(ours(folder, name, classes))
-        for kind, hits in our_maps(folder, name, rows, found[name][-1]).items():
+        for kind, hits in our_maps(folder, "discriminative", rows, found["discriminative"][-1]).items():
             inside.setdefault(kind, []).extend(hits)
         probabilities, hits = resnet(folder, rows)
         found["resnet"].append(probabilities)

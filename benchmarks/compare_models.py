@@ -4,7 +4,7 @@
 
 Each has been scored by `classify.py` into PIPELINE-scores. *FID* is the Frechet distance (Heusel et al., 2017) between the test images and
 as many drawn ones, the classes as often, in the features of a ResNet that was trained on the training images (`resnet.py`); its floor is
-that between the validation and the test images. Training time is that of the training steps, from `environment.json`.
+that between the validation and the test images. Images per second are those of training, from `environment.json`.
 """
 
 import argparse

@@ -30,8 +30,8 @@ class ExplainingMixin(ScoringMixin):
         """The log-odds of two classes, shared out over the image's pixels, in nats.
 
         `class_name` and `against` default to the most probable class and the next one; of findings, name single ones, and `against`
-        defaults to none of them. `against=""` is the empty prompt (of findings: none of them), which shows more of what makes the class
-        where no class is the normal one. `ranges` `(1, C, 2)` as in `encode_images`. Raises InputError for an unknown class.
+        defaults to none of them. `against=""` is the empty prompt (of findings: none of them), for data in which no class is the normal
+        one. `ranges` `(1, C, 2)` as in `encode_images`. Raises InputError for an unknown class.
         """
         if against is None and self.data.multi_label and () in self.hypotheses.sets:
             against = ""
