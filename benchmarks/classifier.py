@@ -270,14 +270,14 @@ def figure(curves: dict[str, list[dict]], ours: list[dict], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawn, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for axis, measure in zip(axes, ("accuracy", "agreement", "nll"), strict=True):
+    drawn, axes = pyplot.subplots(1, 3, figsize=(13, 4), sharex=True, layout="constrained")
+    labels = {"accuracy": "accuracy", "agreement": "agreement with the rule's full budget", "nll": "NLL, nats"}
+    for axis, (measure, label) in zip(axes, labels.items(), strict=True):
         for name, curve in curves.items() if measure != "nll" else ():
             axis.plot([entry["rows"] for entry in curve], [entry[measure] for entry in curve], label=name, marker=".")
-        axis.plot([entry["rows"] for entry in ours], [entry[measure] for entry in ours], label="medsd", marker="o", color="black")
-        axis.set(
-            xscale="log", xlabel="UNet rows an image", ylabel={"agreement": "agreement with the rule's full budget"}.get(measure, measure)
-        )
+        own = sorted(ours, key=lambda entry: entry["rows"])
+        axis.plot([entry["rows"] for entry in own], [entry[measure] for entry in own], label="medsd", marker="o", color="black")
+        axis.set(xscale="log", xlabel="UNet rows an image", ylabel=label)
     axes[0].legend()
     drawn.savefig(file, dpi=110)
 
