@@ -88,7 +88,7 @@ def read(dataset_name: str, split: str) -> Part:
     return Part(unit, np.array(rows["label"]), np.array(rows["patient_id"]), np.array(rows["key"]))
 
 
-def train(train_part: Part, validation: Part, classes: int, seed: int) -> ResNet:
+def train(train_part: Part, validation: Part, classes: int, seed: int, epochs: int = EPOCHS) -> ResNet:
     """With shift and rotation, until `PATIENCE` epochs have not lowered the validation NLL after temperature scaling; the best's weights.
 
     Not by AUROC: on few validation images it can be highest before anything is learnt.
@@ -96,11 +96,11 @@ def train(train_part: Part, validation: Part, classes: int, seed: int) -> ResNet
     torch.manual_seed(seed)
     model, draws = ResNet(train_part.images.shape[1], classes, train_part.images.shape[-1]), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    steps = EPOCHS * (len(train_part.labels) // BATCH)
+    steps = epochs * (len(train_part.labels) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     change = Augmentation(shift=train_part.images.shape[-1] // 16, rotation=10.0)
     labels, best, kept, stale = torch.from_numpy(train_part.labels), float("inf"), {}, 0
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         model.train()
         order = torch.randperm(len(labels), generator=draws)
         for start in range(0, len(order) - BATCH + 1, BATCH):
