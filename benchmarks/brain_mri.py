@@ -4,8 +4,8 @@
 
 Folds are by `pseudo_group` (nearly: patients), three to train on, one to stop, calibrate and choose on, one to test. *plain* is a model
 trained as usual, *discriminative* the same trained on with `--discriminative_weight`. Prints balanced accuracy, AUROC and NLL of all 406
-images with intervals, and how often, among the rightly classified, the peak lies in the tumour's box: of the second model's `maps`, of the
-ResNet's Grad-CAM, and of the one pixel that lies in most boxes of the training folds. Writes brain_mri.json; what is there is not
+images with intervals, and how often, among the rightly classified, the peak lies in the tumour's box: of the second model's `maps` and of
+the one pixel that lies in most boxes of the training folds, and of the ResNet's Grad-CAM among those that the ResNet classifies rightly. Writes brain_mri.json; what is there is not
 computed again.
 """
 
@@ -198,7 +198,8 @@ def main() -> None:
         found["resnet"].append(probabilities)
         inside["grad-cam"] += hits
         place = np.sum([mask[0] > 0 for mask in load_dataset(str(folder / "data"), "train")["mask"]], axis=0)
-        inside["fixed pixel"] += [lies_in_box(place, row) for row in rows]
+        right = np.flatnonzero(found["discriminative"][-1].argmax(1) == np.array(rows["label"]))
+        inside["fixed pixel"] += [lies_in_box(place, rows[int(index)]) for index in right]
         labels += rows["label"]
         groups += rows["patient_id"]
         print(folder.name, "scored", flush=True)
