@@ -5,8 +5,8 @@
 Folds are by `pseudo_group` (nearly: patients), three to train on, one to stop, calibrate and choose on, one to test. *plain* is a model
 trained as usual, *discriminative* the same trained on with `--discriminative_weight`. Prints balanced accuracy, AUROC and NLL of all 406
 images with intervals, and how often, among the rightly classified, the peak lies in the tumour's box: of the second model's `maps` and of
-the one pixel that lies in most boxes of the training folds, and of the ResNet's Grad-CAM among those that the ResNet classifies rightly. Writes brain_mri.json; what is there is not
-computed again.
+the one pixel that lies in most boxes of the training folds, and of the ResNet's Grad-CAM among those that the ResNet classifies rightly.
+Writes brain_mri.json; models and scores that are there are not computed again.
 """
 
 import argparse

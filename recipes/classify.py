@@ -284,11 +284,11 @@ def finish(
     from medsd.data.transforms import column
     from medsd.output import replacing
 
-    failed = parts.failed()
+    place = {key: index for index, key in enumerate(column(rows, "key").to_pylist())}
+    failed = [failure for failure in parts.failed() if failure["key"] in place]
     if len(failed) == len(rows):
         raise InputError(f"none of {len(failed)} images could be scored; {failed[0]['key']}: {failed[0]['reason']}")
     table = parts.table()
-    place = {key: index for index, key in enumerate(column(rows, "key").to_pylist())}
     table = table.filter(np.isin(table["key"].to_numpy(zero_copy_only=False), list(place)))
     order = [place[key] for key in table["key"].to_pylist()]
     rows, labels = rows.select(order), labels[order]
@@ -316,16 +316,17 @@ def measure(
     from medsd.data.transforms import column
     from medsd.evaluation.tables import class_metrics, group_columns
 
-    calibration, names, groups = pipe.info.calibration, pipe.class_names, None
+    calibration, names, groups = pipe.calibration_for(config.weighting), pipe.class_names, None
     probabilities = np.stack([table[f"prob/{name}"].to_numpy() for name in names], 1)
     metrics = class_metrics(probabilities, labels, names, table["patient_id"].to_pylist())
     if config.group_by:
         ids = column(rows, f"{config.group_by}_id").to_pylist()
         temperature, rule = (calibration.group_temperature, calibration.group_rule) if calibration else (None, "mean")
         groups, joined = group_columns(config.group_by, ids, probabilities, labels, names, temperature, rule, prior)
-        metrics |= joined | {"reasons": metrics["reasons"] | joined["reasons"]}
+        answered = {name: reason for name, reason in metrics["reasons"].items() if name not in joined}
+        metrics |= joined | {"reasons": answered | joined["reasons"]}
     return metrics | {
-        "calibrated": calibration is not None,
+        "calibrated": calibration is not None and calibration.fits(config.max_pairs),
         "calibration": dict(calibration.report) if calibration else None,
         "rows_per_image": float(np.mean(table["rows"].to_numpy())),
         "p_flip": float(np.mean(table["p_flip"].to_numpy())),

@@ -106,6 +106,9 @@ def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeli
     hypotheses = count_hypotheses(row_labels(rows["train"]), len(info.class_names)) if info.class_names else None
     tables = [row_prompts(rows[split], info) for split in seen]
     if config.discriminative_weight:
+        if hypotheses is None or len(hypotheses.sets) < 2:
+            known = "one" if hypotheses else "none"
+            raise InputError(f"--discriminative_weight compares classes, and this data has {known}: leave it away")
         tables.append(rival_prompts(rows["train"], row_prompts(rows["train"], info), info, hypotheses)[0])
     prompts = sorted({prompt for table in tables for prompt in table.prompts})
     if config.pretrained_model_name_or_path is not None:
@@ -228,8 +231,6 @@ def build_contrast(
     table = row_prompts(rows, pipe.data)
     if not config.discriminative_weight:
         return table, NoContrast()
-    if len(pipe.hypotheses.sets) < 2:
-        raise InputError("--discriminative_weight compares classes, and this data has one: leave it away")
     table, rivals = rival_prompts(rows, table, pipe.data, pipe.hypotheses)
     steps = pipe.scheduler.config.num_train_timesteps
     return table, PairedContrast(config.discriminative_weight, torch.from_numpy(rivals), steps, accelerator.device, accelerator.gather)

@@ -14,8 +14,10 @@ from PIL import Image
 from medsd import MedSDPipeline
 from medsd.config import ClassifyConfig, FinetuneUNetConfig
 from medsd.data.dataset import load_dataset, load_info
-from medsd.data.transforms import stratified
+from medsd.data.transforms import recorded_ranges, stratified
 from medsd.errors import InputError
+from medsd.inference import scoring
+from medsd.inference.likelihood import posterior
 from recipes import classify, finetune_unet
 from tests.conftest import REPOSITORY
 from tests.test_processes import ENVIRONMENT, LAUNCHERS
@@ -115,6 +117,19 @@ def test_parts_of_other_settings_are_not_mixed_in(run, phantom_data, tmp_path, m
     assert table(tmp_path / "scores").equals(table(run.with_name("first")))
 
 
+def test_what_failed_of_other_keys_is_not_of_this_run(run, phantom_data, tmp_path, monkeypatch):
+    def damage(rows):
+        rows[0]["image"] |= {"shape": [3, 5, 7]}
+        return rows
+
+    data, key = rewritten(phantom_data, tmp_path / "data", damage), load_dataset(phantom_data, "test")["key"][2]
+    with monkeypatch.context() as broken:
+        broken.setattr(classify, "finish", lambda *arguments: None)
+        score(run, data, tmp_path / "scores", calibrate="none")
+    folder = score(run, data, tmp_path / "scores", calibrate="none", keys=(key,))
+    assert table(folder)["key"].to_pylist() == [key] and metrics(folder)["failed"] == 0
+
+
 def test_a_bad_image_does_not_end_the_run(run, phantom_data, tmp_path):
     def damage(rows):
         rows[0]["image"] |= {"shape": [3, 5, 7]}
@@ -194,7 +209,7 @@ def test_samples_keep_the_proportions_and_do_not_depend_on_the_order():
 
 def test_keys_and_evidence(run, phantom_data, tmp_path):
     keys = load_dataset(phantom_data, "test")["key"][3:5]
-    folder = score(run, phantom_data, tmp_path / "scores", keys=tuple(keys), evidence=True, calibrate="none")
+    folder = score(run, phantom_data, tmp_path / "scores", keys=(*keys, keys[0]), evidence=True, calibrate="none")
     assert table(folder)["key"].to_pylist() == sorted(keys)
     for key in keys:
         name = key.replace("/", "_")
@@ -243,6 +258,35 @@ def test_a_prior_and_a_weighting_that_do_not_fit_are_refused(run, phantom_data):
     for wrong in ({"prior": np.full(5, 0.2)}, {"prior": -np.ones(6)}, {"weighting": "other"}, {"mode": "other"}, {"precision": "other"}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             pipe.classify([image], max_pairs=2, **wrong)
+
+
+def test_decide_answers_what_its_race_ended_on(run, phantom_data, monkeypatch):
+    """Not what is most probable on average over the pairs that were left out, of which nothing was promised."""
+    pipe, rows = MedSDPipeline.from_pretrained(run), load_dataset(phantom_data, "test")
+
+    def averaged_otherwise(*arguments):
+        found = posterior(*arguments)
+        return replace(found, probabilities=found.probabilities[:, ::-1])
+
+    monkeypatch.setattr(scoring, "posterior", averaged_otherwise)
+    for mode in ("decide", "posterior"):
+        output = pipe.classify(list(rows["image"]), max_pairs=4, mode=mode, ranges=recorded_ranges(rows))
+        expected = output.posterior.leader if mode == "decide" else output.probabilities.argmax(1)
+        assert output.predictions == [output.hypotheses[number] for number in expected]
+    assert (output.posterior.leader != output.probabilities.argmax(1)).any()
+
+
+def test_a_calibration_for_other_pairs_or_weights_is_not_claimed(run, phantom_data, tmp_path):
+    for name, flags, calibrated in (("same", {}, True), ("pairs", {"max_pairs": 6}, False), ("weights", {"weighting": "elbo"}, False)):
+        found = metrics(score(run, phantom_data, tmp_path / name, calibrate="none", max_samples=12, **flags))
+        assert found["calibrated"] is calibrated
+
+
+def test_calibration_wants_a_label_and_a_group_for_each_image(run, phantom_data):
+    pipe, image = MedSDPipeline.from_pretrained(run), load_dataset(phantom_data, "test")[0]["image"]
+    for wrong in ({"labels": [0]}, {"labels": [0, 1], "groups": ["a", "b", "c"]}):
+        with pytest.raises(InputError, match=f"{list(wrong)[-1]} for 2 images"):
+            pipe.calibrate([image, image], **wrong)
 
 
 def test_the_same_calibration_is_fitted_once(run, phantom_data, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The paired discriminative term: its value and gradient, who stands against whom, and what training with it does."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -75,6 +76,14 @@ def test_nothing_costs_nothing():
         raise AssertionError("no error is asked for")
 
     assert not NoContrast()(never, ERRORS[:, 0], PROMPTS, TIMESTEPS, torch.Generator()).any()
+
+
+def test_data_without_classes_is_refused_in_one_line(phantom_data, tmp_path):
+    data = shutil.copytree(phantom_data, tmp_path / "data")
+    changed = json.loads((data / "medsd.json").read_text()) | {"class_names": [], "prompts": [], "class_tokens": []}
+    (data / "medsd.json").write_text(json.dumps(changed))
+    with pytest.raises(InputError, match="--discriminative_weight compares classes, and this data has none"):
+        finetune_unet.main(FinetuneUNetConfig(dataset_name=str(data), output_dir=str(tmp_path / "unet"), discriminative_weight=0.1))
 
 
 def info(multi_label):

@@ -169,7 +169,7 @@ def disagreement(losses, places, rule, belief):
     """Share of images whose raced answer is not that of all pairs, by more than the rule's eta."""
     logits = -belief.nats(losses, places).mean(2)
     raced = Scores(replay(losses, places, rule, belief), places)
-    answers = posterior(raced, belief.calibration).logits.argmax(1)
+    answers = posterior(raced, belief.calibration).leader
     return (logits.max(1) - logits[np.arange(len(logits)), answers] > rule.eta).mean()
 
 
@@ -259,7 +259,7 @@ def test_risks_bound_what_the_race_does_on_other_images():
     assert certified_level(calibration, 0.05, 32) < level, "what was measured holds for plans of that many pairs alone"
     answers = posterior(Scores(replay(full.losses[~ours], full.places, Decide(level), belief), full.places), calibration)
     logits = posterior(Scores(full.losses[~ours], full.places), calibration).logits
-    chosen = logits[np.arange(len(logits)), answers.logits.argmax(1)]
+    chosen = logits[np.arange(len(logits)), answers.leader]
     assert (logits.max(1) - chosen > Decide(level).eta).mean() <= 0.05
 
 

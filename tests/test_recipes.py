@@ -396,6 +396,7 @@ def test_sets_of_findings_are_scored(findings_data, phantom_data, run, tmp_path)
     shown = np.array(load_dataset(findings_data, "train")["labels"])
     assert set(pipe.hypotheses.sets) == {tuple(np.flatnonzero(row)) for row in shown} and sum(pipe.hypotheses.counts) == len(shown)
     assert 0 <= metrics["auroc"] <= 1 and metrics["auroc/epidural"] is not None and "patient_auroc" in metrics
+    assert metrics["patient_accuracy"] is not None and "patient_accuracy" not in metrics["reasons"]
     table = pyarrow.parquet.read_table(tmp_path / "scores" / "likelihoods.parquet")
     rows = load_dataset(findings_data, "test")
     images = {row["key"]: (row["image"], row["intensity_range"]) for row in rows}

@@ -54,7 +54,7 @@ def choose_rows(rows: Any, limit: int | None, seed: int, keys: Sequence[str] = (
     place = {key: index for index, key in enumerate(column(rows, "key").to_pylist())}
     if missing := [key for key in keys if key not in place]:
         raise InputError(f"--keys {missing[0]}: no image of this split has that key")
-    rows = rows.select([place[key] for key in keys]) if keys else rows
+    rows = rows.select([place[key] for key in dict.fromkeys(keys)]) if keys else rows
     return rows.select(stratified(row_labels(rows), column(rows, "key").to_pylist(), limit, seed))
 
 

@@ -55,6 +55,10 @@ class Calibration:
         weighted = losses * np.array(self.weights)[(places * len(self.weights)).astype(int)]
         return np.where(np.isnan(weighted), np.nan, weighted > _smallest(weighted)) if self.vote else weighted
 
+    def fits(self, pairs: int) -> bool:
+        """Whether it was fitted for plans of so many pairs."""
+        return self.pairs in {None, pairs}
+
     def described(self) -> str:
         """One line about what was fitted, and on what."""
         chosen = self.report["weighting"]

@@ -69,10 +69,11 @@ def fit(
     found = score_all(proposal)
     candidates = {
         weighting: Weighting(),
-        "min_snr": Weighting(min_snr_stretches(scheduler)),
         "fitted": Weighting(fitted=True),
         "vote": Weighting(vote=True),
     }
+    if weighting == "uniform":
+        candidates["min_snr"] = Weighting(min_snr_stretches(scheduler))
     name, compared = choose_weighting(candidates, *found, answers)
     report = {"weighting": name, "candidates": compared, "images": len(answers.numbers), f"deviation of {fast}": deviation}
     made = candidates[name].fit(*found, answers)

@@ -143,6 +143,8 @@ class Posterior:
     """`(N, K)` calibrated nats: log-posterior up to a constant per image."""
     standard_errors: np.ndarray
     """`(N, K)` calibrated nats: of the difference to the leading class, against infinitely many pairs."""
+    leader: np.ndarray
+    """`(N,)`: the class that a race ends on, and of which `decide` promises: the best of those with the most pairs."""
     p_flip: np.ndarray
     """`(N,)`: probability that infinitely many pairs would put another class first; 0 where the classes' pairs say all the same."""
 
@@ -167,4 +169,4 @@ def posterior(scores: Scores, calibration: Calibration | None = None, prior: np.
     averaged = [np.exp(log_softmax(error * draws - mean)).mean(0) for mean, error in zip(means, remaining, strict=True)]
     endless = [(error * draws - mean).argmax(1) for mean, error in zip(means, np.sqrt(variance), strict=True)]
     flips = (np.array(endless) != leader[:, None]).mean(1)
-    return Posterior(np.array(averaged), -means, np.sqrt(variance), flips)
+    return Posterior(np.array(averaged), -means, np.sqrt(variance), leader, flips)

@@ -41,7 +41,8 @@ class ClassifyOutput:
     """Of N images, K classes and H hypotheses: the classes themselves, or sets of findings where several can hold."""
 
     predictions: list[str]
-    """Class names (prompts, where the folder has no classes); of findings, those that hold, joined by `|`."""
+    """Class names (prompts, where the folder has no classes); of findings, those that hold, joined by `|`. The most probable, in mode
+    `decide` what the race ended on, which a near-tie can tell from it."""
     probabilities: np.ndarray
     """`(N, K)`; rows sum to 1, except of findings, each of which holds or not."""
     calibrated: bool
@@ -97,7 +98,7 @@ class ScoringMixin:
     data: DataInfo
     class_names: list[str]
     noise_schedule: Any
-    _rows: int = GPU_ROWS
+    _most_rows: int | None = None
     _compiled: Any = None
 
     @torch.no_grad()
@@ -136,8 +137,7 @@ class ScoringMixin:
         Raises InputError for fewer than two classes, or images that do not fit.
         """
         hypotheses, texts = self._choices(prompts)
-        calibration = self.info.calibration if texts == self.hypotheses.prompts(self.data) else None
-        calibration = calibration if calibration and weighting in {None, calibration.weighting} else None
+        calibration = self.calibration_for(weighting) if texts == self.hypotheses.prompts(self.data) else None
         default_prior = prior is None
         if default_prior and prompts is None and self.data.multi_label:
             prior = self.hypotheses.prior()
@@ -156,13 +156,21 @@ class ScoringMixin:
         scores = self._score(latents, self.encode_prompts(texts), plan, rule, belief, chosen, calls, progress)
         believed = posterior(scores, belief.calibration, prior)
         findings = prompts is None and self.data.multi_label
-        probabilities, predictions = believed.probabilities, [hypotheses[index] for index in believed.probabilities.argmax(1)]
+        probabilities = believed.probabilities
+        # The promise of `decide` is about the class that the race ended on.
+        answers = believed.leader if mode == "decide" else probabilities.argmax(1)
+        predictions = [hypotheses[index] for index in answers]
         if findings:
             # Summed one after the other: a matrix product's last bit depends on how many images there are.
             probabilities = (probabilities[:, :, None] * self.hypotheses.membership(len(self.class_names))).sum(1)
-            predictions = self._findings(probabilities)
-        calibrated = calibration is not None and calibration.pairs in {None, max_pairs}
-        return ClassifyOutput(predictions, probabilities, calibrated, hypotheses, calls, chosen, scores, believed)
+            predictions = predictions if mode == "decide" else self._findings(probabilities)
+        calibrated = calibration is not None and calibration.fits(max_pairs)
+        return ClassifyOutput(predictions, probabilities, calibrated, hypotheses, self.batch_rows(batch_size), chosen, scores, believed)
+
+    def calibration_for(self, weighting: str | None) -> Calibration | None:
+        """What scores of that weighting are calibrated by; None where there is nothing."""
+        kept = self.info.calibration
+        return kept if kept and weighting in {None, kept.weighting} else None
 
     @property
     def hypotheses(self) -> Hypotheses:
@@ -211,7 +219,7 @@ class ScoringMixin:
             except torch.OutOfMemoryError:
                 if batch_size <= 16:
                     raise
-                batch_size = self._rows = batch_size // 32 * 16
+                batch_size = self._most_rows = batch_size // 32 * 16
 
     def _predict(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """The UNet in its own precision, without a variance that it may have learned."""
@@ -232,11 +240,11 @@ class ScoringMixin:
         return wanted or (found if found == fast_precision(self._execution_device) else "fp32")
 
     def batch_rows(self, wanted: int | None = None) -> int:
-        """Rows of each call of the UNet: `wanted`, rounded up to a multiple of 16; else 64 on a CPU, and `GPU_ROWS` on a GPU, or what is
+        """Rows of each call of the UNet: `wanted`, rounded up to a multiple of 16, else 64 on a CPU and `GPU_ROWS` on a GPU; or what is
         left of them by halving where memory did not suffice."""
-        if wanted is not None:
-            return -(-wanted // 16) * 16
-        return ROWS if self._execution_device.type == "cpu" else self._rows
+        usual = ROWS if self._execution_device.type == "cpu" else GPU_ROWS
+        rows = usual if wanted is None else -(-wanted // 16) * 16
+        return rows if self._most_rows is None else min(rows, self._most_rows)
 
     def fingerprint(self) -> str:
         """Of the weights, from a few numbers of each."""
@@ -265,6 +273,9 @@ class ScoringMixin:
         name each image's patient, whose images are not parted by cross-validation; `ranges` as in `encode_images`. Raises InputError for
         an unknown class and for a class without an image.
         """
+        for name, given in (("labels", labels), ("groups", groups)):
+            if given is not None and len(given) != len(images):
+                raise InputError(f"{len(given)} {name} for {len(images)} images: one per image is expected")
         answers, known = self._answers(labels, None if groups is None else np.asarray(groups))
         kept = np.flatnonzero(known)
         latents = self.encode_images([images[int(index)] for index in kept], None if ranges is None else np.asarray(ranges)[kept])
