@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,23 +35,30 @@ EVIDENCE_IMAGES = 16
 
 
 def main(config: ClassifyConfig) -> None:
-    """Calibrate, score, measure, write."""
-    from medsd.inference.parts import Parts
-    from medsd.inference.pipeline import MedSDPipeline
-    from medsd.output import check_output
+    """Into a folder that no other run writes."""
+    from medsd.output import alone_in, check_output
     from medsd.runtime import quiet_libraries, start_processes
 
     quiet_libraries()
     output_dir = Path(config.output_dir)
     check_output(output_dir, config.overwrite, [config.pipeline, config.dataset_name])
     accelerator = start_processes()
+    with alone_in(output_dir) if accelerator.is_main_process else nullcontext():
+        write_scores(config, accelerator)
+
+
+def write_scores(config: ClassifyConfig, accelerator: "Accelerator") -> None:
+    """Calibrate, score, measure, write."""
+    from medsd.inference.parts import Parts
+    from medsd.inference.pipeline import MedSDPipeline
+
     pipe = MedSDPipeline.from_pretrained(config.pipeline).to(accelerator.device)
     check_fit(config, pipe)
     if config.compile:
         pipe.compile_scoring()
     rows, labels = chosen_rows(config, pipe, config.split, config.max_samples)
     prior = class_prior(config, pipe)
-    parts = Parts(output_dir, settings(config, pipe, prior))
+    parts = Parts(Path(config.output_dir), settings(config, pipe, prior))
     with accelerator.main_process_first():
         if accelerator.is_main_process and (done := parts.begin()):
             print(f"{done} images are scored already: going on")
@@ -318,11 +326,12 @@ def measure(
 
     calibration, names, groups = pipe.calibration_for(config.weighting), pipe.class_names, None
     probabilities = np.stack([table[f"prob/{name}"].to_numpy() for name in names], 1)
-    metrics = class_metrics(probabilities, labels, names, table["patient_id"].to_pylist())
+    patients = table["patient_id"].to_pylist()
+    metrics = class_metrics(probabilities, labels, names, patients)
     if config.group_by:
         ids = column(rows, f"{config.group_by}_id").to_pylist()
         temperature, rule = (calibration.group_temperature, calibration.group_rule) if calibration else (None, "mean")
-        groups, joined = group_columns(config.group_by, ids, probabilities, labels, names, temperature, rule, prior)
+        groups, joined = group_columns(config.group_by, ids, patients, probabilities, labels, names, temperature, rule, prior)
         answered = {name: reason for name, reason in metrics["reasons"].items() if name not in joined}
         metrics |= joined | {"reasons": answered | joined["reasons"]}
     return metrics | {

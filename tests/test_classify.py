@@ -18,6 +18,7 @@ from medsd.data.transforms import recorded_ranges, stratified
 from medsd.errors import InputError
 from medsd.inference import scoring
 from medsd.inference.likelihood import posterior
+from medsd.output import alone_in
 from recipes import classify, finetune_unet
 from tests.conftest import REPOSITORY
 from tests.test_processes import ENVIRONMENT, LAUNCHERS
@@ -107,6 +108,12 @@ def test_a_stopped_run_goes_on_and_scores_no_image_twice(run, phantom_data, tmp_
     assert sum(scored[:2]) + sum(scored[3:]) == len(table(tmp_path / "scores"))
     assert table(tmp_path / "scores").equals(table(run.with_name("first")))
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
+
+
+def test_two_runs_do_not_share_a_folder(run, phantom_data, tmp_path):
+    with alone_in(tmp_path / "scores"), pytest.raises(InputError, match="scores"):
+        score(run, phantom_data, tmp_path / "scores")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_parts_of_other_settings_are_not_mixed_in(run, phantom_data, tmp_path, monkeypatch):

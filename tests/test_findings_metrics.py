@@ -104,9 +104,22 @@ def test_a_table_of_patients():
     labels, patients = np.repeat(of_patient, 4), np.repeat([f"p{number:02d}" for number in range(60)], 4)
     logits = generator.normal(size=240) + 0.7 * (2 * labels - 1)
     probabilities = np.stack([1 / (1 + np.exp(logits)), 1 / (1 + np.exp(-logits))], 1)
-    table, metrics = group_columns("patient", patients, probabilities, labels, ["no", "yes"], 1.0, "mean")
+    table, metrics = group_columns("patient", patients, patients, probabilities, labels, ["no", "yes"], 1.0, "mean")
     assert table["images"].tolist() == [4] * 60 and len(table["prob/yes"]) == 60
     assert metrics["patient_auroc"] > roc_auc_score(labels, logits) + 0.05 and metrics["patient_auroc_ci"][0] < metrics["patient_auroc"]
     labels[0] = 1 - labels[0]
-    _, mixed = group_columns("series", patients, probabilities, labels, ["no", "yes"], 1.0, "mean")
+    _, mixed = group_columns("series", patients, patients, probabilities, labels, ["no", "yes"], 1.0, "mean")
     assert mixed["series_auroc"] is None and "1 of 60" in mixed["reasons"]["series_auroc"]
+
+
+def test_series_of_a_patient_do_not_narrow_the_intervals():
+    """Twelve patients, each with twenty series that say the same."""
+    patients = np.repeat([f"p{number}" for number in range(12)], 20)
+    series = [f"s{number}" for number in range(240)]
+    labels = np.repeat(np.arange(12) % 2, 20)
+    wrong = np.repeat(np.arange(12) < 3, 20)
+    probabilities = np.where((labels[:, None] == np.arange(2)) ^ wrong[:, None], 0.9, 0.1)
+    _, by_series = group_columns("series", series, patients.tolist(), probabilities, labels, ["no", "yes"], 1.0, "mean")
+    _, by_patient = group_columns("patient", patients.tolist(), patients.tolist(), probabilities, labels, ["no", "yes"], 1.0, "mean")
+    width = np.diff(by_series["series_accuracy_ci"])
+    assert width > 0.3 and width == pytest.approx(np.diff(by_patient["patient_accuracy_ci"]), abs=0.1)

@@ -34,6 +34,7 @@ def class_metrics(probabilities: Floats, labels: NDArray, names: Sequence[str], 
 def group_columns(
     unit: str,
     groups: Sequence[str],
+    patients: Sequence[str],
     probabilities: Floats,
     labels: NDArray,
     names: Sequence[str],
@@ -43,10 +44,11 @@ def group_columns(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Columns with a row per group (`patient` or `series`), and `UNIT_auroc`, `UNIT_accuracy` with their intervals.
 
+    `groups` and `patients` name those of each image; intervals are by patient, also where a patient has several series.
     Classes: `join_classes` with this temperature, None for the mean, of probabilities under `prior` (default uniform). Findings `(N, K)`:
     `join_findings` by this rule; a group has a finding where one of its images has it.
     """
-    ids, group_of = np.unique(np.asarray(groups, str), return_inverse=True)
+    ids, first, group_of = np.unique(np.asarray(groups, str), return_index=True, return_inverse=True)
     if labels.ndim == 2:
         joined = join_findings(probabilities, group_of, rule)
         of_group = any_findings(labels, group_of)
@@ -54,7 +56,7 @@ def group_columns(
         logits = np.log(np.clip(probabilities, SMALLEST_PROBABILITY, None)) - (0 if prior is None else np.log(prior))
         joined = join_classes(logits, group_of, temperature, prior)
         of_group = common_labels(labels, group_of)
-    metrics = class_metrics(joined, of_group, names, ids.tolist())
+    metrics = class_metrics(joined, of_group, names, [patients[image] for image in first])
     mixed = len(set(group_of[labels >= 0])) - (of_group >= 0).sum() if labels.ndim == 1 else 0
     found: dict[str, Any] = {"reasons": {}}
     for name in ("auroc", "auroc_ci", "accuracy", "accuracy_ci"):
