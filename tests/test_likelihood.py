@@ -20,10 +20,27 @@ from medsd.inference.calibration import (
     fit_calibration,
     fit_temperature,
 )
-from medsd.inference.fitting import PILOT_BINS, fit_group_temperature, fit_proposal, race_risks, upper_bound, usual_spread
+from medsd.inference.fitting import (
+    PILOT_BINS,
+    design_effects,
+    fit_group_temperature,
+    fit_proposal,
+    race_risks,
+    upper_bound,
+    usual_spread,
+)
 from medsd.inference.likelihood import NotFinite, Scores, posterior, score_classes
 from medsd.inference.plan import Proposal, make_plan
-from medsd.inference.race import Decide, Settle, certified_level, replay, variance_of_mean
+from medsd.inference.race import (
+    Decide,
+    Settle,
+    certified_level,
+    common_share,
+    differences_to_leader,
+    error_correlation,
+    replay,
+    variance_of_mean,
+)
 
 DIMENSION = 6
 
@@ -204,11 +221,15 @@ def test_a_level_that_was_refuted_is_not_taken():
 
 
 def test_images_of_a_patient_do_not_count_as_independent():
-    wrong = np.zeros(400, bool)
-    wrong[:20] = True
-    alone, together = upper_bound(wrong, None), upper_bound(wrong, np.arange(400) // 20)
+    """Also at a level at which none went wrong: what is known of how a patient's images go together counts for all levels."""
+    wrong, patients = np.zeros((2, 400), bool), np.arange(400) // 20
+    wrong[1, :20] = True
+    alone, together = (upper_bound(wrong[1], effect) for effect in (1.0, design_effects(wrong, patients)[1]))
     assert 0.05 < alone < 0.08 < together
-    assert upper_bound(np.zeros(299, bool), np.arange(299) // 20) == pytest.approx(0.01, abs=2e-4)
+    assert design_effects(wrong, np.arange(400)) == pytest.approx(1.0)
+    assert (design_effects(wrong, patients) == pytest.approx(20)) and (design_effects(wrong[:1], patients) == pytest.approx(20))
+    assert upper_bound(np.zeros(299, bool)) == pytest.approx(0.01, abs=2e-4)
+    assert upper_bound(wrong[0], 20.0) == pytest.approx(upper_bound(np.zeros(20, bool)))
 
 
 def test_opposite_noises_are_not_two_independent_pairs():
@@ -286,6 +307,35 @@ def test_p_flip_is_how_often_endless_pairs_answer_otherwise():
     assert 0.6 * flipped.mean() < said.p_flip.mean() < 3 * flipped.mean()
     likely = said.p_flip > np.median(said.p_flip)
     assert flipped[likely].sum() > 3 * flipped[~likely].sum()
+
+
+@pytest.mark.parametrize("usual", [None, 2.0])
+def test_rivals_share_the_error_of_the_leader(usual):
+    """Classes that err by themselves: as often as the true posterior of their means has it, which independent differences overstate."""
+    generator, pairs = np.random.default_rng(0), 16
+    losses = generator.normal(size=(400, 6, pairs)).astype(np.float32)
+    said = posterior(Scores(losses, np.arange(pairs) / pairs), Calibration(1.0, (0.0,) * 6, spread=usual))
+    means = losses.mean(2)
+    drawn = means + generator.normal(size=(1000, 1, 6)) / np.sqrt(pairs)
+    true = (drawn.argmin(2) != means.argmin(1)).mean()
+    assert said.p_flip.mean() == pytest.approx(true, rel=0.07)
+
+
+def test_a_class_that_was_dropped_moves_with_those_that_go_on():
+    """Errors of means over the first n and the first m pairs: the remaining ones have the covariance of a pair over m, less that over P."""
+    plan = 16
+    losses = np.random.default_rng(1).normal(size=(4000, 3, plan)) + np.array([-9.0, 0.0, 0.0])[:, None]
+    raced = losses.copy()
+    raced[:, :2, 8:] = np.nan
+    raced[:, 2, 4:] = np.nan
+    _, means, differences = differences_to_leader(raced)
+    pairs, found = np.isfinite(raced).sum(2), error_correlation(differences, np.arange(plan) / plan)
+    for endless, correlation in ((True, found), (False, found * common_share(plan - pairs))):
+        whole = np.zeros_like(means) + [0, 9, 9] if endless else (losses - losses[:, :1]).mean(2)
+        errors = (whole - means)[:, 1:]
+        expected = np.corrcoef(errors.T)[0, 1]
+        assert expected == pytest.approx(np.sqrt(0.5) / 2 if endless else np.sqrt(1 / 3) / 2, abs=0.05)
+        assert correlation[:, 1, 2].mean() == pytest.approx(expected, abs=0.05)
 
 
 def test_every_prefix_of_a_plan_is_spread_over_the_timesteps():
@@ -376,6 +426,13 @@ def test_folds_keep_groups_together_and_deal_classes_out():
     folds = assign_folds(labels, groups)
     assert all(len(set(folds[groups == group])) == 1 for group in range(20))
     assert all((folds[labels == label] == fold).sum() == 10 for label in (0, 1) for fold in range(5))
+
+
+def test_a_class_of_a_single_patient_does_not_part_the_others():
+    labels, groups = np.repeat([0, 1, 2], (50, 50, 5)), np.append(np.repeat(np.arange(20), 5), [20] * 5)
+    folds = assign_folds(labels, groups)
+    assert all(len(set(folds[groups == group])) == 1 for group in range(20))
+    assert len(set(folds[labels == 2])) > 1
 
 
 def pilot_losses(sizes, cancelled):

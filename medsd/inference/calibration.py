@@ -59,6 +59,10 @@ class Calibration:
         """Whether it was fitted for plans of so many pairs."""
         return self.pairs in {None, pairs}
 
+    def certified(self, pairs: int) -> bool:
+        """Whether it says how often races over plans of so many pairs go wrong."""
+        return bool(self.risks) and self.pairs == pairs
+
     def described(self) -> str:
         """One line about what was fitted, and on what."""
         chosen = self.report["weighting"]
@@ -211,10 +215,14 @@ def cross_validated_nll(
 
 
 def assign_folds(numbers: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
-    """Fold of each image `(N,)`, hypotheses dealt out evenly, images of a group together as long as each hypothesis has two groups."""
+    """Fold of each image `(N,)`, hypotheses dealt out evenly, images of a group together; but those of a hypothesis that a single group
+    has are dealt out one by one, since it could not be fitted without them."""
     groups = np.arange(len(numbers)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    if min(len(set(groups[numbers == number])) for number in np.unique(numbers)) < 2:
-        groups = np.arange(len(numbers))
+    for number in np.unique(numbers):
+        members = np.flatnonzero(numbers == number)
+        if len(set(groups[members])) == 1:
+            groups[members] = groups.max() + 1 + np.arange(len(members))
+    groups = np.unique(groups, return_inverse=True)[1]
     first = np.unique(groups, return_index=True)[1]
     order = np.lexsort((np.random.default_rng(0).permutation(len(first)), numbers[first]))
     fold = np.empty(len(first), int)

@@ -161,31 +161,43 @@ def race_risks(losses: np.ndarray, places: np.ndarray, belief: Belief, groups: n
 
     `losses` `(N, K, P)` are all known. Answers whose logits on all pairs are within the race's eta count as the same. The bound is Clopper
     and Pearson's (1934), of as many images as there would be if those of a group (`groups` `(N,)`) were independent (Kish's design
-    effect); it holds for images drawn like these.
+    effect, see `design_effects`); it holds for images drawn like these.
     """
     count = len(losses)
     logits = -belief.nats(losses, places).mean(2)
-    risks = []
-    for level in LEVELS:
+    wrong = np.empty((len(LEVELS), count), dtype=bool)
+    for number, level in enumerate(LEVELS):
         rule = Decide(level, spread=belief.calibration.spread, together=belief.calibration.vote)
         raced = belief.nats(replay(losses, places, rule, belief), places)
         answer = differences_to_leader(raced)[0]
-        risks.append((level, upper_bound(logits.max(1) - logits[np.arange(count), answer] > rule.eta, groups)))
-    return tuple(risks)
+        wrong[number] = logits.max(1) - logits[np.arange(count), answer] > rule.eta
+    effects = np.ones(len(LEVELS)) if groups is None else design_effects(wrong, groups)
+    return tuple((level, upper_bound(row, effect)) for level, row, effect in zip(LEVELS, wrong, effects, strict=True))
 
 
-def upper_bound(wrong: np.ndarray, groups: np.ndarray | None) -> float:
+def design_effects(wrong: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """By how much the variance of each rate of `wrong` `(L, N)` exceeds that of independent images, `(L,)`, at least 1 (Kish, 1965).
+
+    That of all levels together, which says something of the levels at which few images or none went wrong, or the level's own where it is
+    larger. Where nothing went wrong at all, a group counts as one image.
+    """
+    count, group_of = wrong.shape[1], np.unique(groups, return_inverse=True)[1]
+    rates = wrong.mean(1)
+    summed = np.stack([np.bincount(group_of, row) for row in wrong - rates[:, None]])
+    clustered, independent = (summed**2).sum(1), count * rates * (1 - rates)
+    if not independent.any():
+        return np.full(len(wrong), float((np.bincount(group_of) ** 2).sum() / count))
+    together = max(1.0, float(clustered.sum() / independent.sum()))
+    own = np.divide(clustered, independent, out=np.zeros(len(wrong)), where=independent > 0)
+    return np.maximum(own, together)
+
+
+def upper_bound(wrong: np.ndarray, effect: float = 1.0) -> float:
     """Of the rate of `wrong` `(N,)`, one-sided, with `CONFIDENCE`; see `race_risks`."""
     from scipy.stats import beta
 
-    count, rate = len(wrong), wrong.mean()
-    if rate == 1:
-        return 1.0
-    effect = 1.0
-    if groups is not None and rate > 0:
-        summed = np.bincount(np.unique(groups, return_inverse=True)[1], wrong - rate)
-        effect = max(1.0, float((summed**2).sum() / (count * rate * (1 - rate))))
-    return float(beta.ppf(CONFIDENCE, rate * count / effect + 1, (1 - rate) * count / effect))
+    count, hits = len(wrong) / effect, wrong.sum() / effect
+    return 1.0 if wrong.all() else float(beta.ppf(CONFIDENCE, hits + 1, count - hits))
 
 
 def fit_groups(calibration: Calibration, logits: np.ndarray, answers: Answers) -> Calibration:

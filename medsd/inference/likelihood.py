@@ -9,7 +9,7 @@ classes may be dropped. Log-likelihoods are in nats, up to a constant that all c
     posterior(scores, calibration).probabilities
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from medsd.errors import InputError
 from medsd.inference.calibration import Belief, Calibration, fit_calibration, log_softmax
 from medsd.inference.plan import Plan, make_plan
-from medsd.inference.race import Decide, Full, Rule, Settle, differences_to_leader, race, variance_of_mean
+from medsd.inference.race import Decide, Full, Rule, Settle, common_share, differences_to_leader, error_correlation, race, variance_of_mean
 from medsd.objectives.diffusion import denoising_error
 
 __all__ = ["Decide", "Full", "Settle", "Scores", "fit_calibration", "make_plan", "posterior", "score_classes"]
@@ -157,16 +157,24 @@ class Posterior:
 def posterior(scores: Scores, calibration: Calibration | None = None, prior: np.ndarray | None = None) -> Posterior:
     """Class probabilities by Bayes' rule, under a calibration (default none) and a prior `(K,)` (default uniform).
 
-    Differences between classes are taken on common pairs. What is left of the plan would move them by a normal error, over which
-    probabilities are averaged; all of the plan moves nothing, so that a calibration fitted on full plans holds.
+    Differences between classes are taken on common pairs. What is left of the plan would move them by normal errors, which share the
+    leader's, and over which probabilities are averaged; all of the plan moves nothing, so that a calibration fitted on full plans holds.
     """
     belief = Belief(calibration or Calibration.none(scores.losses.shape[1]), prior)
     leader, means, differences = differences_to_leader(belief.nats(scores.losses, scores.places))
     variance, _ = variance_of_mean(differences, scores.places, belief.calibration.spread)
-    left = 1 - scores.pairs / len(scores.places)
-    remaining = np.sqrt(np.where(left > 0, variance, 0.0) * left)
-    draws = np.random.default_rng(0).standard_normal((DRAWS, len(belief.favour)))
-    averaged = [np.exp(log_softmax(error * draws - mean)).mean(0) for mean, error in zip(means, remaining, strict=True)]
-    endless = [(error * draws - mean).argmax(1) for mean, error in zip(means, np.sqrt(variance), strict=True)]
+    correlation = error_correlation(differences, scores.places)
+    unseen = len(scores.places) - scores.pairs
+    rest = np.where(unseen > 0, variance, 0.0) * unseen / len(scores.places)
+    remaining = _errors(rest, correlation * common_share(np.maximum(unseen, 1)))
+    averaged = [np.exp(log_softmax(errors - mean)).mean(0) for mean, errors in zip(means, remaining, strict=True)]
+    endless = [(errors - mean).argmax(1) for mean, errors in zip(means, _errors(variance, correlation), strict=True)]
     flips = (np.array(endless) != leader[:, None]).mean(1)
     return Posterior(np.array(averaged), -means, np.sqrt(variance), leader, flips)
+
+
+def _errors(variance: np.ndarray, correlation: np.ndarray) -> Iterator[np.ndarray]:
+    """For each image `DRAWS` draws of its classes' errors `(DRAWS, K)`, of variance `(N, K)` and correlation `(N, K, K)`."""
+    draws = np.random.default_rng(0).standard_normal((DRAWS, variance.shape[1]))
+    for deviation, root in zip(np.sqrt(variance), np.linalg.cholesky(correlation), strict=True):
+        yield deviation * (draws @ root.T)

@@ -86,7 +86,7 @@ def certified_level(calibration: Calibration, delta: float, pairs: int) -> float
     Where risks were measured for such plans: the largest level whose risk, and that of all smaller ones, is below delta (fixed-sequence
     testing, Angelopoulos et al., 2021); 0, which drops nothing, where there is none. Else Bonferroni's for all comparisons of an image.
     """
-    if not calibration.risks or calibration.pairs != pairs:
+    if not calibration.certified(pairs):
         return delta / (max(len(calibration.bias) - 1, 1) * len(often(2, pairs)))
     level = 0.0
     for measured, risk in calibration.risks:
@@ -182,6 +182,30 @@ def variance_of_mean(differences: np.ndarray, places: np.ndarray, spread: float 
         per_pair = (PRIOR_SLOTS * spread + squares * slots / pairs) / freedom
     leads = ~(np.nan_to_num(differences) != 0).any(2)
     return np.where(leads, 0.0, per_pair / pairs), np.maximum(freedom, 1.0)
+
+
+def error_correlation(differences: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """How the errors of mean differences to a leader go together, of paired differences `(N, K, P)`: `(N, K, K)`, positive definite.
+
+    All differences share the leader's error; where classes err alike and by themselves, that alone makes a correlation of 1/2, which counts
+    `PRIOR_SLOTS` slots beside those that were seen. Pairs that only one of two classes has are its own: they part their means' errors.
+    """
+    seen, starts = np.isfinite(differences), slot_starts(places[: differences.shape[2]])
+    residuals = np.where(seen, differences - np.nanmean(differences, axis=2, keepdims=True), 0.0)
+    slots = np.add.reduceat(residuals, starts, axis=2)
+    size = np.sqrt((slots**2).sum(2, keepdims=True))
+    directions = np.divide(slots, size, out=np.zeros_like(slots), where=size > 0)
+    own = np.eye(differences.shape[1])
+    found = np.where(own > 0, 1.0, np.einsum("nks,nls->nkl", directions, directions))
+    expected = (0.5 + 0.5 * own) * common_share(seen.sum(2))
+    freedom = np.add.reduceat(seen, starts, axis=2).astype(bool).sum(2).max(1)[:, None, None] - 1.0
+    return (PRIOR_SLOTS * expected + freedom * found) / (PRIOR_SLOTS + freedom)
+
+
+def common_share(counts: np.ndarray) -> np.ndarray:
+    """Root of the smaller over the larger of two counts, `(N, K)` -> `(N, K, K)`: the correlation of means over the first ones of a row."""
+    two = counts[:, :, None], counts[:, None]
+    return np.sqrt(np.minimum(*two) / np.maximum(np.maximum(*two), 1))
 
 
 def slot_starts(places: np.ndarray) -> np.ndarray:

@@ -360,10 +360,13 @@ def choose_rule(mode: str, delta: float, calibration: Calibration, pairs: int) -
     """The rule of a mode; raises InputError for an unknown one."""
     if mode not in MODES:
         raise InputError(f"mode {mode} is none of {', '.join(MODES)}")
-    shared = {"spread": calibration.spread, "together": calibration.vote}
-    if mode == "decide":
-        return Decide(certified_level(calibration, delta, pairs), **shared)
-    return Settle(**shared) if mode == "posterior" else Full()
+    if mode == "full":
+        return Full()
+    if mode == "posterior":
+        return Settle(spread=calibration.spread, together=calibration.vote)
+    # The union bound is about each image's own variance; what is usual of others has only been tried together with the risks.
+    spread = calibration.spread if calibration.certified(pairs) else None
+    return Decide(certified_level(calibration, delta, pairs), spread=spread, together=calibration.vote)
 
 
 def fast_precision(device: torch.device) -> str:
