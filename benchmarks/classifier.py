@@ -20,6 +20,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,10 @@ from medsd.data.transforms import stratified
 from medsd.evaluation.classification import calibration_error, calibration_floor
 from medsd.inference.calibration import Belief, Calibration, log_softmax
 from medsd.inference.fitting import CONFIDENCE, LEVELS
-from medsd.inference.likelihood import Scores, posterior, score_classes
+from medsd.inference.likelihood import Posterior, Scores, posterior, score_classes
 from medsd.inference.plan import Plan, nats_per_error, pair_noise
-from medsd.inference.race import Decide, Rule, Settle, certified_level, replay
-from medsd.inference.scoring import fast_precision
+from medsd.inference.race import Decide, Rule, replay
+from medsd.inference.scoring import choose_rule, fast_precision
 from medsd.objectives.diffusion import denoising_error, epsilon_error_factor
 
 PUBLISHED = {"staged": (50, 500), "random": 501}
@@ -42,6 +43,8 @@ GRID = 500
 CALL = 32
 PAIRS = 64
 AT_ONCE = 50
+DELTAS = (0.05, 0.01)
+RESAMPLES = 1000
 
 
 def even_plan(pipe: MedSDPipeline, latents: torch.Tensor) -> Plan:
@@ -114,49 +117,64 @@ def random_timesteps(losses: np.ndarray, pairs: int, vote: bool) -> tuple[np.nda
     return seen.mean(2).argmin(1), pairs * losses.shape[1]
 
 
-def point(rows: float, answers: np.ndarray, labels: np.ndarray, full: np.ndarray) -> dict:
-    return {"rows": float(rows), "accuracy": float((answers == labels).mean()), "agreement": float((answers == full).mean())}
+@dataclass(frozen=True)
+class Point:
+    """What a way of answering costs and says."""
+
+    rows: np.ndarray
+    """`(N,)` of each image."""
+    answers: np.ndarray
+    """`(N,)`."""
+    full: np.ndarray
+    """`(N,)`: the rule's answers on its whole budget."""
+
+    def right(self, measure: str, labels: np.ndarray) -> np.ndarray:
+        """`(N,)` bool, the mean of which is the `measure`: accuracy, or agreement with the whole budget."""
+        return self.answers == {"accuracy": labels, "agreement": self.full}[measure]
+
+    def record(self, labels: np.ndarray) -> dict[str, float]:
+        """Means over images."""
+        return {"rows": float(self.rows.mean())} | {name: float(self.right(name, labels).mean()) for name in ("accuracy", "agreement")}
 
 
-def published_curves(losses: np.ndarray, labels: np.ndarray) -> dict[str, list[dict]]:
+def published_curves(losses: np.ndarray) -> dict[str, list[Point]]:
     """Of each rule, from few rows to as many as published."""
     shares = np.geomspace(0.004, 1, 25)
     pairs = sorted({(max(1, round(50 * share)), max(2, round(500 * share))) for share in shares})
-    full, _ = staged(losses, *PUBLISHED["staged"])
-    curves = {"staged": [point(rows, answers, labels, full) for answers, rows in (staged(losses, *two) for two in pairs)]}
+    curves = {"staged": [staged(losses, *two) for two in pairs]}
     for vote in (False, True):
-        tries = [random_timesteps(losses, count, vote) for count in sorted({max(1, round(501 * share)) for share in shares})]
-        curves["random, vote" if vote else "random, mean"] = [point(rows, said, labels, tries[-1][0]) for said, rows in tries]
-    return curves
+        counts = sorted({max(1, round(501 * share)) for share in shares})
+        curves["random, vote" if vote else "random, mean"] = [random_timesteps(losses, count, vote) for count in counts]
+    return {
+        name: [Point(np.full(len(losses), float(rows)), answers, tries[-1][0]) for answers, rows in tries] for name, tries in curves.items()
+    }
 
 
-def our_curve(scores: Scores, labels: np.ndarray, calibration: Calibration) -> list[dict]:
-    """`decide` at several levels and as delta chooses them, then `posterior`, then `full`."""
-    belief, full = Belief(calibration), posterior(scores, calibration)
-    usual = calibration.spread
-    rules: dict[str, Rule] = {f"decide at level {level}": Decide(level, spread=usual) for level in reversed(LEVELS)}
-    rules |= {f"decide {delta}": Decide(certified_level(calibration, delta, PAIRS), spread=usual) for delta in (0.05, 0.01)}
-    rules |= {"posterior": Settle(spread=usual)}
-    found = []
-    for name, rule in rules.items():
-        part = Scores(replay(scores.losses, scores.places, rule, belief), scores.places)
-        found.append(described(name, part, labels, calibration, full.logits, getattr(rule, "eta", 0.0)))
-    return [*found, described("full", scores, labels, calibration, full.logits, 0.0)]
+def our_curve(scores: Scores, calibration: Calibration) -> dict[str, Scores]:
+    """What races at several levels spend, and each mode, `decide` as delta chooses its level."""
+    rules: dict[str, Rule] = {f"decide at level {level}": Decide(level, spread=calibration.spread) for level in reversed(LEVELS)}
+    rules |= {f"decide {delta}": choose_rule("decide", delta, calibration, PAIRS) for delta in DELTAS}
+    rules |= {mode: choose_rule(mode, 0.05, calibration, PAIRS) for mode in ("posterior", "full")}
+    belief = Belief(calibration)
+    return {name: Scores(replay(scores.losses, scores.places, rule, belief), scores.places) for name, rule in rules.items()}
 
 
-def described(name: str, scores: Scores, labels: np.ndarray, calibration: Calibration, full: np.ndarray, eta: float) -> dict:
+def answers_of(name: str, said: Posterior) -> np.ndarray:
+    """As `classify` answers: what a race of `decide` ended on, else the most probable class."""
+    return said.leader if name.startswith("decide") else said.probabilities.argmax(1)
+
+
+def described(name: str, said: Posterior, own: Point, labels: np.ndarray, full: np.ndarray, eta: float) -> dict:
     """A point of our curve; `disagreement` leaves out images whose two best logits on all pairs lie within eta."""
-    said = posterior(scores, calibration)
-    probabilities, answers = said.probabilities, said.probabilities.argmax(1)
+    probabilities = said.probabilities
     of_class = np.maximum(probabilities[np.arange(len(labels)), labels], 1e-12)
     two = np.sort(full, 1)[:, -2:]
     clear = two[:, 1] - two[:, 0] > eta
-    wrong = int((said.logits.argmax(1) != full.argmax(1))[clear].sum())
-    confidence = probabilities.max(1)
-    ece = calibration_error(confidence, answers == labels, np.ones((1, len(labels))))[0]
+    wrong = int((own.answers != own.full)[clear].sum())
+    ece = calibration_error(probabilities.max(1), probabilities.argmax(1) == labels, np.ones((1, len(labels))))[0]
     return {
         "mode": name,
-        **point(scores.rows.mean(), answers, labels, full.argmax(1)),
+        **own.record(labels),
         "nll": float(-np.log(of_class).mean()),
         "ece": float(ece),
         "ece_floor": calibration_floor(probabilities, np.random.default_rng(0)),
@@ -173,13 +191,35 @@ def clopper_pearson_low(hits: int, count: int) -> float:
     return float(beta.ppf(1 - CONFIDENCE, hits, count - hits + 1)) if hits else 0.0
 
 
-def matched(curve: list[dict], ours: list[dict], error: float, measure: str) -> dict:
-    """The cheapest point of a rule within one standard error of its own best, and our cheapest that is as good as that point."""
-    best = max(entry[measure] for entry in curve)
-    theirs = min((entry for entry in curve if entry[measure] >= best - error), key=lambda entry: entry["rows"])
-    good = [entry for entry in ours if entry[measure] >= theirs[measure]]
-    own = min(good, key=lambda entry: entry["rows"]) if good else None
-    return {"theirs": theirs, "ours": own, "ratio": theirs["rows"] / own["rows"] if own else None}
+def matched(curve: list[Point], modes: dict[str, Point], measure: str, labels: np.ndarray, patients: np.ndarray) -> dict:
+    """`matching` on all images, and the interval of its ratio over resamples of patients, in which both sides choose anew."""
+    right = np.stack([entry.right(measure, labels) for entry in curve]), np.stack([own.right(measure, labels) for own in modes.values()])
+    rows = np.stack([entry.rows for entry in curve]), np.stack([own.rows for own in modes.values()])
+    theirs, ours, ratio = matching(right, rows, np.arange(len(labels)))
+    generator, members = np.random.default_rng(0), [np.flatnonzero(patients == patient) for patient in np.unique(patients)]
+    ratios = []
+    for _ in range(RESAMPLES):
+        drawn = generator.integers(0, len(members), len(members))
+        ratios.append(matching(right, rows, np.concatenate([members[index] for index in drawn]))[2])
+    return {
+        "theirs": curve[theirs].record(labels),
+        "ours": None if ours is None else {"mode": list(modes)[ours], **list(modes.values())[ours].record(labels)},
+        "ratio": ratio,
+        "interval": [float(bound) for bound in np.percentile(ratios, [2.5, 97.5])],
+    }
+
+
+def matching(
+    right: tuple[np.ndarray, np.ndarray], rows: tuple[np.ndarray, np.ndarray], chosen: np.ndarray
+) -> tuple[int, int | None, float]:
+    """A rule's cheapest point within one standard error of its best, our cheapest mode that is as good as that point, and their ratio of
+    rows, 0 where no mode is; of `chosen` images. `right` and `rows` are theirs `(points, N)` and ours `(modes, N)`."""
+    good, own = (of[:, chosen].mean(1) for of in right)
+    cost, ours = (of[:, chosen].mean(1) for of in rows)
+    error = np.sqrt(good * (1 - good) / len(chosen))
+    theirs = int(np.where(good >= good.max() - error, cost, np.inf).argmin())
+    mode = int(np.where(own >= good[theirs], ours, np.inf).argmin())
+    return (theirs, mode, float(cost[theirs] / ours[mode])) if own[mode] >= good[theirs] else (theirs, None, 0.0)
 
 
 # Seconds
@@ -306,21 +346,28 @@ def main() -> None:
         result["timed"] = timed(pipe, plain, images[: options.timed_images], options.turns)
         print(json.dumps(result["timed"]["ratios"], indent=1), flush=True)
     if options.images:
-        result |= compared(pipe, images, labels, options.work)
+        result |= compared(pipe, images, labels, np.array(rows["patient_id"]), options.work)
     (options.work / "classifier.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def compared(pipe: MedSDPipeline, images: list[np.ndarray], labels: np.ndarray, work: Path) -> dict:
+def compared(pipe: MedSDPipeline, images: list[np.ndarray], labels: np.ndarray, patients: np.ndarray, work: Path) -> dict:
     """Curves, and rows where they match; draws and prints them."""
     even, own = grids(pipe, images, work)
     calibration = pipe.info.calibration
-    curves, ours = published_curves(even, labels), our_curve(own, labels, calibration)
+    curves, raced = published_curves(even), our_curve(own, calibration)
+    said = {name: posterior(scores, calibration) for name, scores in raced.items()}
+    full = said["full"].logits
+    points = {name: Point(raced[name].rows, answers_of(name, of), full.argmax(1)) for name, of in said.items()}
+    eta = {name: Decide.eta if name.startswith("decide") else 0.0 for name in said}
+    ours = [described(name, said[name], points[name], labels, full, eta[name]) for name in said]
     nll = {name: published_nll(even, labels, count) for name, count in (("mean of 64 even pairs", 64), ("mean of 500", GRID))}
     error = float(np.sqrt(ours[-1]["accuracy"] * (1 - ours[-1]["accuracy"]) / len(labels)))
-    result = {"curves": curves, "ours": ours, "nll of uncalibrated uniform scores": nll, "standard_error": error}
+    drawn = {name: [entry.record(labels) for entry in curve] for name, curve in curves.items()}
+    result = {"curves": drawn, "ours": ours, "nll of uncalibrated uniform scores": nll, "standard_error": error}
+    modes = {name: own for name, own in points.items() if "level" not in name}
     for measure in ("accuracy", "agreement"):
-        result[f"matched {measure}"] = {name: matched(curve, ours, error, measure) for name, curve in curves.items()}
-    figure(curves, ours, work / "classifier.png")
+        result[f"matched {measure}"] = {name: matched(curve, modes, measure, labels, patients) for name, curve in curves.items()}
+    figure(drawn, ours, work / "classifier.png")
     report(result)
     return result
 
@@ -335,12 +382,7 @@ def report(result: dict) -> None:
         print({name: round(value, 4) if isinstance(value, float) else value for name, value in entry.items()})
     for measure in ("accuracy", "agreement"):
         for name, found in result[f"matched {measure}"].items():
-            print(
-                f"matched {measure}, {name}:",
-                {key: found[key] for key in ("ratio",)},
-                found["theirs"],
-                found["ours"] and found["ours"]["rows"],
-            )
+            print(f"matched {measure}, {name}: {found}")
 
 
 if __name__ == "__main__":
