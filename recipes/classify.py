@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from accelerate import Accelerator
 
+    from medsd.inference.likelihood import NotFinite
     from medsd.inference.parts import Parts
     from medsd.inference.pipeline import MedSDPipeline
     from medsd.inference.scoring import ClassifyOutput
@@ -62,7 +63,10 @@ def write_scores(config: ClassifyConfig, accelerator: "Accelerator") -> None:
     with accelerator.main_process_first():
         if accelerator.is_main_process and (done := parts.begin()):
             print(f"{done} images are scored already: going on")
-    calibrate(config, pipe, accelerator, parts)
+    if config.calibrate == "validation":
+        calibrate(config, pipe, accelerator, parts)
+    if accelerator.is_main_process:
+        warn_of(config, pipe)
     score(config, pipe, accelerator, rows, labels, prior, parts)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -101,57 +105,87 @@ def chosen_rows(config: ClassifyConfig, pipe: "MedSDPipeline", split: str, limit
 
 
 def calibrate(config: ClassifyConfig, pipe: "MedSDPipeline", accelerator: "Accelerator", parts: "Parts") -> None:
-    """Fit the calibration on the validation split, by the main process for all."""
-    from accelerate.utils import broadcast_object_list
-
-    from medsd.inference.calibration import Calibration
-
-    if config.calibrate == "validation" and accelerator.is_main_process:
-        if config.split == "validation":
-            print("warning: these images are those that are calibrated on, so the figures are too good")
-        fit_calibration(config, pipe, parts)
-    found = [asdict(pipe.info.calibration) if pipe.info.calibration else None]
-    made = broadcast_object_list(found)[0]
-    pipe.info = replace(pipe.info, calibration=Calibration.from_dict(made) if made else None)
-
-
-def fit_calibration(config: ClassifyConfig, pipe: "MedSDPipeline", parts: "Parts") -> None:
     """By `MedSDPipeline.calibrate`, unless that was done on the very same before; a local pipeline of this very data keeps it."""
     from medsd.data.dataset import load_info
-    from medsd.data.transforms import column, recorded_ranges
+    from medsd.data.transforms import column
     from medsd.inference.folder import write_info
 
     rows, labels = chosen_rows(config, pipe, "validation", min(config.max_samples or config.max_calibration, config.max_calibration))
     failed: list[dict[str, str]] = []
     known = list(readable(pipe, rows, [index for index, label in enumerate(labels) if label.min() >= 0], failed))
-    if failed:
-        print(f"{len(failed)} of the images to calibrate on cannot be read, such as {failed[0]['key']}: {failed[0]['reason']}")
-    rows, fingerprint, unit = rows.select(known), load_info(config.dataset_name).fingerprint, config.group_by or "patient"
+    fingerprint, unit = load_info(config.dataset_name).fingerprint, config.group_by or "patient"
     plan = f"{config.weighting}, {config.max_pairs} pairs, seed {config.seed}"
-    source = f"medsd {medsd.__version__}: {len(rows)} validation images of {fingerprint[:12]}, by {unit}, {plan}"
-    for kept in (pipe.info.calibration, parts.calibration()):
-        if kept and kept.source == source:
-            print("calibrated before, on the same images and pairs")
-            pipe.info = replace(pipe.info, calibration=kept)
-            return
-    with row_bar("scoring validation") as bar:
-        calibration = pipe.calibrate(
-            list(rows["image"]),
-            labels[known],
-            weighting=config.weighting,
-            max_pairs=config.max_pairs,
-            seed=config.seed,
-            groups=column(rows, f"{unit}_id").to_pylist(),
-            batch_size=config.batch_size,
-            progress=bar.update,
-            ranges=recorded_ranges(rows),
-        )
-    pipe.info = replace(pipe.info, calibration=replace(calibration, source=source))
+    source = f"medsd {medsd.__version__}: {len(known)} validation images of {fingerprint[:12]}, by {unit}, {plan}"
+    kept = [found for found in (pipe.info.calibration, parts.calibration()) if found and found.source == source]
+    accelerator.wait_for_everyone()
+    if kept:
+        pipe.info = replace(pipe.info, calibration=kept[0])
+    else:
+        fit_calibration(config, pipe, rows, labels, known, failed, column(rows, f"{unit}_id").to_pylist(), accelerator)
+        pipe.info = replace(pipe.info, calibration=replace(pipe.info.calibration, source=source, group_unit=unit))
+    if not accelerator.is_main_process:
+        return
+    print("calibrated before, on the same images and pairs" if kept else pipe.info.calibration.described())
+    if failed:
+        print(f"{len(failed)} of the images to calibrate on could not be used, such as {failed[0]['key']}: {failed[0]['reason']}")
     parts.keep(pipe.info.calibration)
-    print(calibration.described())
-    if config.max_samples is None and Path(config.pipeline).is_dir() and fingerprint == pipe.data.fingerprint:
+    if not kept and config.max_samples is None and Path(config.pipeline).is_dir() and fingerprint == pipe.data.fingerprint:
         write_info(Path(config.pipeline), pipe.info)
         print(f"kept in {config.pipeline}/medsd.json")
+
+
+def fit_calibration(
+    config: ClassifyConfig,
+    pipe: "MedSDPipeline",
+    rows: Any,
+    labels: "np.ndarray",
+    known: list[int],
+    failed: list[dict[str, str]],
+    groups: list[str],
+    accelerator: "Accelerator",
+) -> None:
+    """On the `known` rows whose errors are finite, by all processes together; of the others, key and reason go to `failed`."""
+    from medsd.data.transforms import recorded_ranges
+    from medsd.inference.fitting import usual_rows
+    from medsd.inference.likelihood import NotFinite
+
+    with row_bar("scoring validation", silent=not accelerator.is_main_process) as bar:
+        bar.total = usual_rows(len(known), len(pipe.hypotheses.sets), config.max_pairs) // accelerator.num_processes
+        while True:
+            chosen = rows.select(known)
+            try:
+                pipe.calibrate(
+                    list(chosen["image"]),
+                    labels[known],
+                    weighting=config.weighting,
+                    max_pairs=config.max_pairs,
+                    seed=config.seed,
+                    groups=[groups[index] for index in known],
+                    batch_size=config.batch_size,
+                    progress=bar.update,
+                    ranges=recorded_ranges(chosen),
+                    accelerator=accelerator,
+                )
+            except NotFinite as error:
+                known = without(known, error, rows, failed)
+            else:
+                return
+
+
+def without(wanted: list[int], error: "NotFinite", rows: Any, failed: list[dict[str, str]]) -> list[int]:
+    """The `wanted` rows but for those whose error is not finite, of which key and reason go to `failed`."""
+    bad = [wanted[place] for place in error.images]
+    keys = rows.select_columns(["key"])
+    failed += [{"key": keys[index]["key"], "reason": str(error)} for index in bad]
+    return [index for index in wanted if index not in set(bad)]
+
+
+def warn_of(config: ClassifyConfig, pipe: "MedSDPipeline") -> None:
+    """What makes figures too good, or findings impossible."""
+    if config.calibrate == config.split:
+        print("warning: these images are those that are calibrated on, so the figures are too good")
+    if never := [pipe.class_names[index] for index in pipe.hypotheses.missing(len(pipe.class_names))]:
+        print(f"warning: {', '.join(never)}: in none of the sets of findings that are known from training, so its probability is always 0")
 
 
 def class_prior(config: ClassifyConfig, pipe: "MedSDPipeline") -> "np.ndarray | None":
@@ -159,7 +193,7 @@ def class_prior(config: ClassifyConfig, pipe: "MedSDPipeline") -> "np.ndarray | 
     from medsd.data.hypotheses import count_hypotheses
     from medsd.data.matching import read_prior
 
-    if config.prior == "uniform":
+    if config.prior == "uniform" or (config.prior == "train" and pipe.data.multi_label and pipe.info.hypotheses):
         return None
     if config.prior != "train" and pipe.data.multi_label:
         raise InputError(f"--prior {config.prior}: sets of findings have the prior of their frequency in training; leave it away")
@@ -215,13 +249,13 @@ def score(
     with row_bar(f"scoring {config.split}", silent=not accelerator.is_main_process) as bar:
         for start in range(0, len(todo), IMAGES_AT_ONCE):
             wanted, before, failed = todo[start : start + IMAGES_AT_ONCE], time.perf_counter(), []
-            good = list(readable(pipe, rows, wanted, failed))
+            good, output = list(readable(pipe, rows, wanted, failed)), None
+            while good and output is None:
+                try:
+                    output = classify(config, pipe, rows.select(good), prior, bar.update)
+                except NotFinite as error:
+                    good = without(good, error, rows, failed)
             columns: dict[str, Any] = {"key": []}
-            try:
-                output = classify(config, pipe, rows.select(good), prior, bar.update) if good else None
-            except NotFinite:
-                good = list(finite(config, pipe, rows, good, prior, failed))
-                output = classify(config, pipe, rows.select(good), prior, bar.update) if good else None
             if output:
                 patients = column(rows.select(good), "patient_id").to_pylist()
                 columns = score_columns(output, pipe.class_names, [keys[index] for index in good], patients, labels[good])
@@ -238,21 +272,6 @@ def readable(pipe: "MedSDPipeline", rows: Any, wanted: list[int], failed: list[d
             pipe.fit_image(rows[index]["image"])
         except (InputError, ValueError, TypeError, OSError) as error:
             failed.append({"key": rows.select_columns(["key"])[index]["key"], "reason": " ".join(str(error).split())})
-        else:
-            yield index
-
-
-def finite(
-    config: ClassifyConfig, pipe: "MedSDPipeline", rows: Any, wanted: list[int], prior: "np.ndarray | None", failed: list[dict[str, str]]
-) -> Iterator[int]:
-    """The rows whose images have finite errors, tried one by one; of the others, key and reason go to `failed`."""
-    from medsd.inference.likelihood import NotFinite
-
-    for index in wanted:
-        try:
-            classify(config, pipe, rows.select([index]), prior, lambda rows: None)
-        except NotFinite as error:
-            failed.append({"key": rows.select_columns(["key"])[index]["key"], "reason": str(error)})
         else:
             yield index
 
@@ -322,15 +341,16 @@ def measure(
     import numpy as np
 
     from medsd.data.transforms import column
-    from medsd.evaluation.tables import class_metrics, group_columns
+    from medsd.evaluation.tables import answers_in, class_metrics, group_columns
 
     calibration, names, groups = pipe.calibration_for(config.weighting), pipe.class_names, None
     probabilities = np.stack([table[f"prob/{name}"].to_numpy() for name in names], 1)
     patients = table["patient_id"].to_pylist()
-    metrics = class_metrics(probabilities, labels, names, patients)
+    answers = answers_in(table["prediction"].to_pylist(), names, labels.ndim == 2) if config.mode == "decide" else None
+    metrics = class_metrics(probabilities, labels, names, patients, answers)
     if config.group_by:
         ids = column(rows, f"{config.group_by}_id").to_pylist()
-        temperature, rule = (calibration.group_temperature, calibration.group_rule) if calibration else (None, "mean")
+        temperature, rule = calibration.joins(config.group_by) if calibration else (None, "mean")
         groups, joined = group_columns(config.group_by, ids, patients, probabilities, labels, names, temperature, rule, prior)
         answered = {name: reason for name, reason in metrics["reasons"].items() if name not in joined}
         metrics |= joined | {"reasons": answered | joined["reasons"]}
@@ -355,7 +375,7 @@ def write_evidence(config: ClassifyConfig, pipe: "MedSDPipeline", rows: Any, tab
         row, ranges = rows[index], recorded_ranges(rows.select([index]))
         likely = sorted(pipe.class_names, key=lambda name, index=index: -table[f"prob/{name}"][index].as_py())
         against = None if pipe.data.multi_label else likely[1]
-        evidence = pipe.evidence(row["image"], likely[0], against, config.max_pairs, config.seed, ranges)
+        evidence = pipe.evidence(row["image"], likely[0], against, config.max_pairs, config.seed, ranges, config.weighting)
         name = row["key"].replace("/", "_")
         np.save(folder / f"{name}.npy", evidence.map)
         overlay(evidence.image, evidence.map).save(folder / f"{name}.png")
@@ -372,7 +392,10 @@ def training_patients(config: ClassifyConfig, pipe: "MedSDPipeline") -> set[str]
     if not recorded.is_file() or load_info(config.dataset_name).fingerprint == pipe.data.fingerprint:
         return set()
     data = yaml.safe_load(recorded.read_text()).get("finetune_unet", {}).get("dataset_name")
-    return set(column(load_dataset(data, "train"), "patient_id").to_pylist()) if data and Path(data).is_dir() else set()
+    try:
+        return set(column(load_dataset(data, "train"), "patient_id").to_pylist()) if data and Path(data).is_dir() else set()
+    except (InputError, OSError):
+        return set()
 
 
 def say(metrics: dict[str, Any], config: ClassifyConfig, seen: set[str]) -> None:

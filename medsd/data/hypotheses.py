@@ -40,6 +40,10 @@ class Hypotheses:
             holds[number, list(members)] = 1
         return holds
 
+    def missing(self, classes: int) -> list[int]:
+        """Indices of the findings that no set holds, whose probability is therefore always 0."""
+        return sorted(set(range(classes)) - {index for members in self.sets for index in members})
+
     def numbers(self, labels: np.ndarray) -> np.ndarray:
         """The hypothesis of each image `(N,)`, for class indices `(N,)` or findings `(N, K)` of 0 and 1; -1 where it is none."""
         place = {members: number for number, members in enumerate(self.sets)}
@@ -66,14 +70,19 @@ class Hypotheses:
 def count_hypotheses(labels: np.ndarray, classes: int) -> Hypotheses:
     """Of training labels: every class, for indices `(N,)`; for findings `(N, classes)` of 0 and 1 the `MOST_SETS` most frequent sets.
 
-    Images of which something is not known, -1, are left out.
+    A finding that none of those holds brings its most frequent set in the place of a rare one, as long as there are fewer findings than
+    sets. Images of which something is not known, -1, are left out.
     """
     counted = Counter(_sets(labels[labels >= 0] if labels.ndim == 1 else labels[(labels >= 0).all(1)]))
     if labels.ndim == 1:
         return Hypotheses(tuple((index,) for index in range(classes)), tuple(counted[index,] for index in range(classes)))
     often = sorted(counted, key=lambda members: (-counted[members], members))
-    kept = sorted(often[:MOST_SETS], key=lambda members: (len(members), members))
-    return Hypotheses(tuple(kept), tuple(counted[members] for members in kept), sum(counted[members] for members in often[MOST_SETS:]))
+    # The most frequent set of all, and of each finding, before all others.
+    needed = {next((members for members in often if index in members), often[0]): None for index in range(classes)} if often else {}
+    kept = set([*often[:1], *sorted(needed, key=often.index)][:MOST_SETS])
+    kept |= set([members for members in often if members not in kept][: MOST_SETS - len(kept)])
+    ordered = sorted(kept, key=lambda members: (len(members), members))
+    return Hypotheses(tuple(ordered), tuple(counted[members] for members in ordered), counted.total() - sum(map(counted.get, ordered)))
 
 
 def _sets(labels: np.ndarray) -> list[tuple[int, ...]]:

@@ -32,6 +32,7 @@ def classification_metrics(
     patients: Sequence[str],
     resamples: int = 1000,
     seed: int = 0,
+    answers: ArrayLike | None = None,
 ) -> dict:
     """Statistics of single-label class probabilities with 95 % intervals, ready for `metrics.json`.
 
@@ -42,6 +43,7 @@ def classification_metrics(
         patients: N patient ids; the unit that is resampled.
         resamples: bootstrap resamples, at least 1.
         seed: of the bootstrap and of `ece_floor`. The intervals do not depend on the order of images.
+        answers: `(N,)`, the class that was answered; default the most probable. Only the accuracies are about it.
 
     Returns:
         A dictionary of plain Python numbers:
@@ -74,8 +76,10 @@ def classification_metrics(
     patient_of = np.unique(np.asarray(patients, str), return_inverse=True)[1]
     bootstrap, floor = np.random.default_rng(seed).spawn(2)
 
+    said = probabilities.argmax(1) if answers is None else np.asarray(answers)
     blocks = [
-        _statistics(probabilities, labels, class_names, patient_of, counts) for counts in count_blocks(patient_of, resamples, bootstrap)
+        _statistics(probabilities, said, labels, class_names, patient_of, counts)
+        for counts in count_blocks(patient_of, resamples, bootstrap)
     ]
     series = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
@@ -165,7 +169,7 @@ def calibration_floor(probabilities: ArrayLike, generator: np.random.Generator) 
 
 
 def _statistics(
-    probabilities: Floats, labels: NDArray, class_names: Sequence[str], patient_of: NDArray, counts: Floats
+    probabilities: Floats, answers: NDArray, labels: NDArray, class_names: Sequence[str], patient_of: NDArray, counts: Floats
 ) -> dict[str, Floats]:
     """Every statistic `(R,)` under `counts` `(R, P)`, how often each patient was drawn."""
     weights = counts[:, patient_of]
@@ -173,10 +177,10 @@ def _statistics(
     right = top == labels
     truth = np.arange(len(class_names)) == labels[:, None]
     of_class = np.clip(probabilities[truth], SMALLEST_PROBABILITY, None)
-    recalls = _divide((weights * right) @ truth, weights @ truth)
+    recalls = _divide((weights * (answers == labels)) @ truth, weights @ truth)
     areas = _per_class(auroc, probabilities, truth, weights)
     return {
-        "accuracy": _mean(right, weights),
+        "accuracy": _mean(answers == labels, weights),
         "balanced_accuracy": mean_of_defined(recalls),
         "auroc": _summary(areas),
         "average_precision": _summary(_per_class(average_precision, probabilities, truth, weights)),

@@ -35,6 +35,7 @@ def findings_metrics(
     patients: Sequence[str],
     resamples: int = 1000,
     seed: int = 0,
+    answers: ArrayLike | None = None,
 ) -> dict:
     """Statistics of the probabilities of F findings with 95 % intervals, ready for `metrics.json`.
 
@@ -42,11 +43,12 @@ def findings_metrics(
         probabilities: `(N, F)` in [0, 1].
         labels: `(N, F)`: 1 holds, 0 does not, -1 is not known.
         names, patients, resamples, seed: as in `classification_metrics`.
+        answers: `(N, F)` of 0 and 1, what was answered; default whether the probability is above 0.5.
 
     Returns:
         As `classification_metrics`, with these meanings: `auroc`, `average_precision` are means over the findings that some images have
         and some lack, `auroc/FINDING` and `average_precision/FINDING` of one; `accuracy` is the share of images whose known findings are
-        all told rightly at 0.5 (subset accuracy), `balanced_accuracy` the mean over findings of (sensitivity + specificity) / 2;
+        all answered rightly (subset accuracy), `balanced_accuracy` the mean over findings of (sensitivity + specificity) / 2;
         `ece`, `nll`, `brier`, `aurc` count cells: each a question of two answers, whose confidence is the larger probability.
 
     Raises:
@@ -56,7 +58,11 @@ def findings_metrics(
     _check(probabilities, labels, names, patients)
     patient_of = np.unique(np.asarray(patients, str), return_inverse=True)[1]
     bootstrap, floor = np.random.default_rng(seed).spawn(2)
-    blocks = [_statistics(probabilities, labels, names, counts[:, patient_of]) for counts in count_blocks(patient_of, resamples, bootstrap)]
+    said_yes = probabilities > 0.5 if answers is None else np.asarray(answers) == 1
+    blocks = [
+        _statistics(probabilities, said_yes, labels, names, counts[:, patient_of])
+        for counts in count_blocks(patient_of, resamples, bootstrap)
+    ]
     series = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     known = labels != UNKNOWN
     said = probabilities[known]
@@ -77,21 +83,21 @@ def findings_metrics(
     return metrics | {"reasons": reasons}
 
 
-def _statistics(probabilities: Floats, labels: NDArray, names: Sequence[str], weights: Floats) -> dict[str, Floats]:
+def _statistics(probabilities: Floats, answers: NDArray, labels: NDArray, names: Sequence[str], weights: Floats) -> dict[str, Floats]:
     """Every statistic `(R,)` under `weights` `(R, N)`."""
     known, holds = labels != UNKNOWN, labels == 1
-    right = (probabilities > 0.5) == holds
+    right = answers == holds
     ranked = {"auroc": auroc, "average_precision": average_precision}
     of_each = {
         kind: np.stack([_of_known(statistic, probabilities[k, f], holds[k, f], weights[:, k]) for f, k in enumerate(known.T)], 1)
         for kind, statistic in ranked.items()
     }
     cells = np.repeat(weights, known.sum(1), axis=1)
-    said, right_cells = probabilities[known], right[known]
+    said, right_cells = probabilities[known], ((probabilities > 0.5) == holds)[known]
     confidence = np.maximum(said, 1 - said)
     of_truth = np.clip(np.where(holds, probabilities, 1 - probabilities)[known], SMALLEST_PROBABILITY, None)
     return {
-        "accuracy": _mean((right | ~known).all(1), weights),
+        "accuracy": _mean((right | ~known).all(1), weights * known.any(1)),
         "balanced_accuracy": mean_of_defined(_balanced(right, holds, known, weights)),
         **{kind: mean_of_defined(values) for kind, values in of_each.items()},
         "ece": calibration_error(confidence, right_cells, cells),

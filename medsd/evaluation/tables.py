@@ -13,15 +13,21 @@ from medsd.evaluation.groups import any_findings, common_labels, join_classes, j
 NAMES = ("accuracy", "balanced_accuracy", "auroc", "average_precision", "ece", "nll", "brier", "aurc", "patient_accuracy", "patient_auroc")
 
 
-def class_metrics(probabilities: Floats, labels: NDArray, names: Sequence[str], patients: Sequence[str]) -> dict[str, Any]:
-    """`classification_metrics` of labels `(N,)` or `findings_metrics` of `(N, K)`, over the images with a label; nulls without any."""
+def class_metrics(
+    probabilities: Floats, labels: NDArray, names: Sequence[str], patients: Sequence[str], answers: NDArray | None = None
+) -> dict[str, Any]:
+    """`classification_metrics` of labels `(N,)` or `findings_metrics` of `(N, K)`, over the images with a label; nulls without any.
+
+    `answers`, of the labels' shape, are what was answered; default what the probabilities say.
+    """
     findings = labels.ndim == 2
     known = np.flatnonzero((labels >= 0).any(1) if findings else labels >= 0)
     if not len(known):
         missing = [*NAMES, *(f"{name}_ci" for name in NAMES), "ece_floor", "risk_coverage"]
         return {"n": 0, **dict.fromkeys(missing), "reasons": dict.fromkeys(missing, "No image has a label.")}
     measure = findings_metrics if findings else classification_metrics
-    metrics = measure(probabilities[known], labels[known], names, [patients[index] for index in known])
+    said = None if answers is None else answers[known]
+    metrics = measure(probabilities[known], labels[known], names, [patients[index] for index in known], answers=said)
     if findings:
         only = ("patient_accuracy", "patient_auroc")
         metrics |= dict.fromkeys([*only, *(f"{name}_ci" for name in only)])
@@ -29,6 +35,13 @@ def class_metrics(probabilities: Floats, labels: NDArray, names: Sequence[str], 
             [*only, *(f"{name}_ci" for name in only)], "Findings are joined by patient with --group_by patient."
         )
     return metrics
+
+
+def answers_in(predictions: Sequence[str], names: Sequence[str], findings: bool) -> NDArray:
+    """The column `prediction` as class indices `(N,)`, or as `findings` `(N, K)` of 0 and 1."""
+    if findings:
+        return np.array([[name in said.split("|") for name in names] for said in predictions], int)
+    return np.array([list(names).index(said) for said in predictions])
 
 
 def group_columns(

@@ -41,6 +41,8 @@ class Calibration:
     """(level, risk), levels rising: an upper bound of how often a race at that level (`race.Decide`) answers otherwise than all pairs."""
     precision: str = "fp32"
     """Of the UNet in scoring, checked against float32."""
+    group_unit: str = "patient"
+    """What a group is: patient or series."""
     group_temperature: float | None = None
     """By which the summed logits of a group's images are divided."""
     group_rule: str = "mean"
@@ -58,6 +60,10 @@ class Calibration:
     def fits(self, pairs: int) -> bool:
         """Whether it was fitted for plans of so many pairs."""
         return self.pairs in {None, pairs}
+
+    def joins(self, unit: str) -> "tuple[float | None, str]":
+        """Temperature and rule for the groups of a unit; the mean where they were fitted to groups of another."""
+        return (self.group_temperature, self.group_rule) if unit == self.group_unit else (None, "mean")
 
     def certified(self, pairs: int) -> bool:
         """Whether it says how often races over plans of so many pairs go wrong."""

@@ -26,24 +26,27 @@ class ExplainingMixin(ScoringMixin):
         max_pairs: int = 64,
         seed: int = 0,
         ranges: np.ndarray | None = None,
+        weighting: str | None = None,
     ) -> Evidence:
         """The log-odds of two classes, shared out over the image's pixels, in nats.
 
         `class_name` and `against` default to the most probable class and the next one; of findings, name single ones, and `against`
         defaults to none of them. `against=""` is the empty prompt (of findings: none of them), for data in which no class is the normal
-        one. `ranges` `(1, C, 2)` as in `encode_images`. Raises InputError for an unknown class.
+        one. `ranges` `(1, C, 2)` and `weighting` as in `classify`. Raises InputError for an unknown class.
         """
         if against is None and self.data.multi_label and () in self.hypotheses.sets:
             against = ""
         if class_name is None or against is None:
-            order = self._most_probable(image, max_pairs, seed, ranges)
+            order = self._most_probable(image, max_pairs, seed, ranges, weighting)
             class_name = class_name if class_name is not None else next(name for name in order if name != against)
             against = against if against is not None else next(name for name in order if name != class_name)
         latents = self.encode_images([image], ranges)
         conditions = self.encode_prompts([self._prompt_of(class_name), self._prompt_of(against)])
-        plan = self._plan(latents, max_pairs, None, seed, self.info.calibration)
-        calls = min(self.batch_rows(), -(-2 * len(plan) // 16) * 16)
-        elements = element_evidence(self._predict, self.noise_schedule, latents[0], conditions, plan, calls)
+        plan = self._plan(latents, max_pairs, weighting, seed, self.calibration_for(weighting))
+        elements = self._within_memory(
+            lambda rows: element_evidence(self._predict, self.noise_schedule, latents[0], conditions, plan, rows),
+            min(self.batch_rows(), -(-2 * len(plan) // 16) * 16),
+        )
         pixels = self.codec.spread(elements).cpu().numpy()
         blurred = gaussian_filter(pixels, BLUR * len(pixels), mode="reflect")
         return Evidence(blurred, self._unit(image, ranges), class_name, against)
@@ -77,9 +80,11 @@ class ExplainingMixin(ScoringMixin):
         denoised = self._denoise(noised, condition, num_inference_steps, guidance_scale, generator, first)
         return self._finish(denoised, output_type)
 
-    def _most_probable(self, image: np.ndarray | Image.Image, pairs: int, seed: int, ranges: np.ndarray | None) -> list[str]:
+    def _most_probable(
+        self, image: np.ndarray | Image.Image, pairs: int, seed: int, ranges: np.ndarray | None, weighting: str | None
+    ) -> list[str]:
         """The hypotheses, the most probable first."""
-        output = self.classify([image], mode="full", max_pairs=pairs, seed=seed, ranges=ranges)
+        output = self.classify([image], mode="full", max_pairs=pairs, seed=seed, ranges=ranges, weighting=weighting)
         return [output.hypotheses[index] for index in output.posterior.probabilities[0].argsort()[::-1]]
 
     def _prompt_of(self, name: str) -> str:

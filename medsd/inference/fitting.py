@@ -6,6 +6,7 @@ classes differ, where opposite noises cancel errors, and whether half precision 
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,11 @@ import torch
 from medsd.evaluation.classification import auroc
 from medsd.evaluation.groups import any_findings, common_labels, join_classes, join_findings
 from medsd.inference.calibration import Answers, Belief, Calibration, Weighting, choose_weighting, log_softmax
-from medsd.inference.likelihood import Scores
+from medsd.inference.likelihood import NotFinite, Scores
 from medsd.inference.plan import Plan, Proposal, make_plan, nats_per_error, pair_noise
 from medsd.inference.race import Decide, differences_to_leader, replay, variance_of_mean
+from medsd.inference.sharing import Score
 from medsd.objectives.diffusion import log_snr
-
-Score = Callable[[torch.Tensor, Plan, str], Scores]
-"""Images (places in the calibration set), plan and precision -> all losses."""
 
 PILOT_ROWS = 24_000
 """At most, and at most half of what scoring the calibration set takes; but `FEWEST_IMAGES` at least."""
@@ -54,16 +53,22 @@ def fit(
     Weights over timesteps and votes (Favero et al., MIDL 2025) are taken only where cross-validated NLL gains more than one standard error.
     """
     plan = pilot_plan(scheduler, latent_shape, weighting, seed)
-    rows = min(PILOT_ROWS, len(answers.numbers) * len(answers.design) * pairs // 2)
-    chosen = pilot_images(answers.numbers, max(FEWEST_IMAGES, rows // (len(plan) * len(answers.design))))
+    chosen = pilot_images(answers.numbers, pilot_size(len(answers.numbers), len(answers.design), pairs))
     exact, some = score(chosen, plan, "fp32").losses, slice(0, None, 2)
-    deviation = 0.0 if fast == "fp32" else half_deviation(exact[some], score(chosen[some], plan, fast).losses, pairs)
+    deviation = 0.0 if fast == "fp32" else half_deviation(exact[some], partial(score, chosen[some], plan, fast), pairs)
     precision = fast if deviation <= LARGEST_DEVIATION else "fp32"
     places = plan.places.numpy()
 
     def score_all(proposal: Proposal) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal precision
         planned = make_plan(scheduler, pairs, latent_shape, weighting, seed, proposal)
-        return score(torch.arange(len(answers.numbers)), planned, precision).losses, planned.places.numpy()
+        try:
+            return score(torch.arange(len(answers.numbers)), planned, precision).losses, planned.places.numpy()
+        except NotFinite:
+            if precision == "fp32":
+                raise
+            precision = "fp32"
+            return score_all(proposal)
 
     proposal = fit_proposal(exact)
     found = score_all(proposal)
@@ -75,7 +80,8 @@ def fit(
     if weighting == "uniform":
         candidates["min_snr"] = Weighting(min_snr_stretches(scheduler))
     name, compared = choose_weighting(candidates, *found, answers)
-    report = {"weighting": name, "candidates": compared, "images": len(answers.numbers), f"deviation of {fast}": deviation}
+    report = {"weighting": name, "candidates": compared, "images": len(answers.numbers)}
+    report[f"deviation of {fast}"] = deviation if np.isfinite(deviation) else None
     made = candidates[name].fit(*found, answers)
     if len(made.weights) > 1:
         # The pairs follow the weights, which are kept.
@@ -88,6 +94,17 @@ def fit(
     belief = Belief(made, answers.prior)
     made = replace(made, spread=usual_spread(belief.nats(losses, places), places), report=report)
     return replace(made, risks=race_risks(losses, places, Belief(made, answers.prior), answers.groups))
+
+
+def pilot_size(images: int, hypotheses: int, pairs: int) -> int:
+    """Images of a pilot."""
+    rows = min(PILOT_ROWS, images * hypotheses * pairs // 2)
+    return min(images, max(FEWEST_IMAGES, rows // (4 * PILOT_BINS * hypotheses)))
+
+
+def usual_rows(images: int, hypotheses: int, pairs: int) -> int:
+    """Rows that `fit` takes, unless weights of its own ask for another plan."""
+    return hypotheses * (images * pairs + pilot_size(images, hypotheses, pairs) * 6 * PILOT_BINS)
 
 
 def pilot_plan(scheduler: Any, latent_shape: tuple[int, ...], weighting: str, seed: int) -> Plan:
@@ -127,8 +144,15 @@ def fit_proposal(losses: np.ndarray) -> Proposal:
     return Proposal(tuple(map(float, density)), tuple(bool(value < ENOUGH_CANCELLED) for value in smooth))
 
 
-def half_deviation(exact: np.ndarray, half: np.ndarray, pairs: int) -> float:
-    """RMS over images and classes of what half precision changes of a mean difference between classes, in its standard errors."""
+def half_deviation(exact: np.ndarray, score_half: Callable[[], Scores], pairs: int) -> float:
+    """RMS over images and classes of what half precision changes of a mean difference between classes, in its standard errors.
+
+    Infinite where half precision overflows.
+    """
+    try:
+        half = score_half().losses
+    except NotFinite:
+        return np.inf
     true, changed = (_between(losses).reshape(*losses.shape[:2], -1) for losses in (exact, half))
     error = np.sqrt((true.var(2) / pairs).mean())
     return float(np.sqrt(((changed - true).mean(2) ** 2).mean()) / error)

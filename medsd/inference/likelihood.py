@@ -9,7 +9,7 @@ classes may be dropped. Log-likelihoods are in nats, up to a constant that all c
     posterior(scores, calibration).probabilities
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +28,20 @@ Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Any]
 
 ROWS = 64
 """Rows of a call of the denoiser on a CPU."""
+NOT_FINITE = "the model's error is not finite for an image: its weights or the image are damaged, or its precision too low"
 DRAWS = 256
 """Of what pairs that were not computed might have said."""
 
 
 class NotFinite(InputError):
-    """A denoising error that is not a number says nothing of any class."""
+    """A denoising error that is not a number says nothing of any class.
+
+    `images`: places of those that have one, as far as they were scored.
+    """
+
+    def __init__(self, message: str, images: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.images = images
 
 
 @dataclass(frozen=True)
@@ -128,8 +136,9 @@ def _nats(
         nats[call] = weights[pair] * errors
         progress(min(batch_size, len(rows) - start))
     found = nats[: len(rows)].cpu().numpy()
-    if not np.isfinite(found).all():
-        raise NotFinite("the model's error is not finite for an image: its weights or the image are damaged, or its precision too low")
+    wrong = np.unique(rows[~np.isfinite(found), 0])
+    if len(wrong):
+        raise NotFinite(NOT_FINITE, wrong.tolist())
     return found
 
 

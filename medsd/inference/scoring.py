@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +20,14 @@ from medsd.errors import InputError
 from medsd.inference.calibration import Answers, Belief, Calibration
 from medsd.inference.fitting import fit
 from medsd.inference.folder import PipelineInfo
-from medsd.inference.likelihood import ROWS, Posterior, Scores, posterior, score_classes
+from medsd.inference.likelihood import ROWS, NotFinite, Posterior, Scores, posterior, score_classes
 from medsd.inference.plan import Plan, make_plan
 from medsd.inference.race import Decide, Full, Rule, Settle, certified_level
+from medsd.inference.sharing import Score, fit_together
 from medsd.models.codec import Codec
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 ENCODE_BATCH = 16
 GPU_ROWS = 512
@@ -34,6 +38,7 @@ MODES = ("posterior", "decide", "full")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Progress = Callable[[int], None]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -212,14 +217,21 @@ class ScoringMixin:
     ) -> Scores:
         dtype = PRECISIONS[precision]
         context = nullcontext() if dtype is None else torch.autocast(latents.device.type, dtype)
+        with torch.no_grad(), context:
+            return self._within_memory(
+                lambda rows: score_classes(self._predict, self.noise_schedule, latents, conditions, plan, rule, belief, rows, progress),
+                batch_size,
+            )
+
+    def _within_memory(self, compute: Callable[[int], Found], rows: int) -> Found:
+        """`compute(rows)`, with fewer rows a call from here on where memory does not suffice."""
         while True:
             try:
-                with torch.no_grad(), context:
-                    return score_classes(self._predict, self.noise_schedule, latents, conditions, plan, rule, belief, batch_size, progress)
+                return compute(rows)
             except torch.OutOfMemoryError:
-                if batch_size <= 16:
+                if rows <= 16:
                     raise
-                batch_size = self._most_rows = batch_size // 32 * 16
+                rows = self._most_rows = rows // 32 * 16
 
     def _predict(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """The UNet in its own precision, without a variance that it may have learned."""
@@ -266,12 +278,14 @@ class ScoringMixin:
         batch_size: int | None = None,
         progress: Progress = lambda rows: None,
         ranges: np.ndarray | None = None,
+        accelerator: "Accelerator | None" = None,
     ) -> Calibration:
         """Fit how losses become probabilities on labelled held-out images, with all pairs; see `medsd.inference.fitting`.
 
         It is kept in `medsd.json` and used by `classify`. `labels` are class names or indices, or findings `(N, K)` of 0 and 1; `groups`
-        name each image's patient, whose images are not parted by cross-validation; `ranges` as in `encode_images`. Raises InputError for
-        an unknown class and for a class without an image.
+        name each image's patient, whose images are not parted by cross-validation; `ranges` as in `encode_images`; processes of an
+        `accelerator`, all of which call this, share the scoring. Raises InputError for an unknown class and for a class without an image,
+        NotFinite where an image's error is not finite.
         """
         for name, given in (("labels", labels), ("groups", groups)):
             if given is not None and len(given) != len(images):
@@ -283,12 +297,17 @@ class ScoringMixin:
         calls = self.batch_rows(batch_size)
 
         def score(chosen: torch.Tensor, plan: Plan, precision: str) -> Scores:
-            return self._score(
-                latents[chosen], conditions, plan, Full(), Belief(Calibration.none(len(conditions))), precision, calls, progress
-            )
+            belief = Belief(Calibration.none(len(conditions)))
+            try:
+                return self._score(latents[chosen], conditions, plan, Full(), belief, precision, calls, progress)
+            except NotFinite as error:
+                raise NotFinite(str(error), kept[chosen[error.images]].tolist()) from error
 
-        fast = self._precision(fast_precision(self._execution_device), None)
-        calibration = fit(score, self.noise_schedule, tuple(latents.shape[1:]), answers, weighting, max_pairs, seed, fast)
+        def fitted(score: Score) -> Calibration:
+            fast = self._precision(fast_precision(self._execution_device), None)
+            return fit(score, self.noise_schedule, tuple(latents.shape[1:]), answers, weighting, max_pairs, seed, fast)
+
+        calibration = fit_together(fitted, score, accelerator)
         self.info = replace(self.info, calibration=calibration)
         return calibration
 
@@ -305,7 +324,8 @@ class ScoringMixin:
         missing = sorted(set(range(len(self.class_names))) - set(numbers.tolist()))
         if missing:
             raise InputError(
-                f"no image of {self.class_names[missing[0]]} to calibrate on: take more images, or do without (--calibrate none)"
+                f"no image of {self.class_names[missing[0]]} to calibrate on: take more images (--max_samples, --max_calibration), or do "
+                "without (--calibrate none)"
             )
         return Answers.of_classes(numbers, len(self.class_names), groups), np.ones(len(numbers), dtype=bool)
 
