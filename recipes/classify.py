@@ -148,9 +148,11 @@ def fit_calibration(
     from medsd.data.transforms import recorded_ranges
     from medsd.inference.fitting import usual_rows
     from medsd.inference.likelihood import NotFinite
+    from medsd.inference.scoring import fast_precision
 
     with row_bar("scoring validation", silent=not accelerator.is_main_process) as bar:
-        bar.total = usual_rows(len(known), len(pipe.hypotheses.sets), config.max_pairs) // accelerator.num_processes
+        bar.total = usual_rows(len(known), len(pipe.hypotheses.sets), config.max_pairs, fast_precision(pipe.device))
+        bar.total //= accelerator.num_processes
         while True:
             chosen = rows.select(known)
             try:

@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image
+from scipy.special import softmax
 
 from medsd import MedSDPipeline
 from medsd.config import ClassifyConfig, FinetuneUNetConfig
@@ -89,6 +91,24 @@ def test_two_processes_score_the_same(run, phantom_data, tmp_path):
     assert table(tmp_path / "scores").equals(table(run.with_name("first")))
 
 
+@pytest.mark.slow
+def test_two_processes_calibrate_as_one(run, phantom_data, tmp_path):
+    """The second scores its share of what the fit of the first asks for."""
+    made = []
+    for processes in (1, 2):
+        pipeline, scores = shutil.copytree(run, tmp_path / f"unet-{processes}"), tmp_path / f"scores-{processes}"
+        words = ["recipes/classify.py", "--pipeline", str(pipeline), "--dataset_name", str(phantom_data), "--output_dir", str(scores)]
+        flags = ["--mode", "decide", "--max_pairs", "4", "--seed", "1"]
+        answer = subprocess.run(
+            [*LAUNCHERS[processes], *words, *flags], cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=False
+        )
+        assert answer.returncode == 0, answer.stderr[-3000:]
+        assert answer.stdout.count("calibrated on") == 1
+        made.append(MedSDPipeline.from_pretrained(pipeline).info.calibration)
+    assert "seed 1" in made[0].source and made[0] == made[1]
+    assert table(tmp_path / "scores-1").equals(table(tmp_path / "scores-2"))
+
+
 def test_a_stopped_run_goes_on_and_scores_no_image_twice(run, phantom_data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(classify, "IMAGES_AT_ONCE", 8)
     scored, ask = [], MedSDPipeline.classify
@@ -153,6 +173,55 @@ def test_a_bad_image_does_not_end_the_run(run, phantom_data, tmp_path):
     first = table(run.with_name("first"))
     assert table(folder).equals(first.filter(~np.isin(first["key"].to_numpy(), bad)))
     assert metrics(folder)["failed"] == 2
+
+
+def test_an_image_whose_error_is_not_finite_does_not_end_the_run(run, phantom_data, tmp_path, monkeypatch, capsys):
+    """Neither of the images to score nor of those to calibrate on."""
+    encode = MedSDPipeline.encode_images
+    bad = [load_dataset(phantom_data, split)[4] for split in ("test", "validation")]
+
+    def damaged(pipe, images, ranges=None):
+        latents = encode(pipe, images, ranges)
+        for place, image in enumerate(images):
+            if any(np.array_equal(image, row["image"]) for row in bad):
+                latents[place] = torch.nan
+        return latents
+
+    monkeypatch.setattr(MedSDPipeline, "encode_images", damaged)
+    own = shutil.copytree(run, tmp_path / "unet")
+    folder = score(own, phantom_data, tmp_path / "scores", seed=1)
+    failures = [json.loads(line) for line in (folder / "failed.jsonl").read_text().splitlines()]
+    assert [failure["key"] for failure in failures] == [bad[0]["key"]] and "not finite" in failures[0]["reason"]
+    assert len(table(folder)) == len(table(run.with_name("first"))) - 1
+    assert f"could not be used, such as {bad[1]['key']}" in capsys.readouterr().out
+    assert MedSDPipeline.from_pretrained(own).info.calibration.report["images"] == len(load_dataset(phantom_data, "validation")) - 1
+
+
+def test_images_of_a_group_are_joined(run, phantom_data, tmp_path):
+    """By a temperature that was fitted to groups of that kind, and to no other."""
+
+    def by_class(rows):
+        return [row | {"patient_id": f"{row['label']}-{number % 3}"} for number, row in enumerate(rows)]
+
+    data = rewritten(phantom_data, tmp_path / "data", by_class)
+    own = shutil.copytree(run, tmp_path / "unet")
+    folder = score(own, data, tmp_path / "scores", group_by="patient", seed=1)
+    groups, found = pyarrow.parquet.read_table(folder / "groups.parquet"), metrics(folder)
+    calibration = MedSDPipeline.from_pretrained(own).info.calibration
+    assert calibration.group_temperature > 0 and calibration.joins("series") == (None, "mean")
+    assert 6 < len(groups) <= 18 and sum(groups["images"].to_pylist()) == found["n"]
+    assert found["patient_accuracy"] is not None and found["patient_auroc_ci"] is not None
+    one = groups["patient_id"][0].as_py()
+    images = table(folder).filter(np.array([patient == one for patient in table(folder)["patient_id"].to_pylist()]))
+    logits = np.stack([np.log(images[f"prob/{name}"].to_numpy()) for name in load_info(data).class_names], 1).sum(0)
+    expected = softmax(logits / calibration.group_temperature)
+    np.testing.assert_allclose([groups[f"prob/{name}"][0].as_py() for name in load_info(data).class_names], expected, rtol=1e-6)
+
+
+def test_what_decide_answered_is_what_its_accuracy_counts(run):
+    found, scores = metrics(run.with_name("first")), table(run.with_name("first"))
+    right = np.array(scores["label"].to_pylist()) == np.array(scores["prediction"].to_pylist())
+    assert found["accuracy"] == pytest.approx(right.mean())
 
 
 def test_classes_of_other_data_match_by_name_or_by_map(run, phantom_data, tmp_path):
@@ -237,6 +306,21 @@ def test_evidence_adds_up_to_the_log_odds(run, phantom_data):
     assert (chosen.class_name, chosen.against) == (output.hypotheses[order[-1]], output.hypotheses[order[-2]])
     beside_first = pipe.evidence(image, against=chosen.class_name, max_pairs=8)
     assert beside_first.class_name == chosen.against and beside_first.map.sum() < 0 < chosen.map.sum()
+
+
+def test_evidence_goes_on_with_fewer_rows_where_memory_does_not_suffice(run, phantom_data, monkeypatch):
+    pipe, image = MedSDPipeline.from_pretrained(run), load_dataset(phantom_data, "test")[0]["image"]
+    whole, predict, calls = pipe.evidence(image, "epidural", "normal", max_pairs=32), MedSDPipeline._predict, []
+
+    def small(pipe, x_t, *arguments):
+        calls.append(len(x_t))
+        if len(x_t) > 32:
+            raise torch.OutOfMemoryError("no room")
+        return predict(pipe, x_t, *arguments)
+
+    monkeypatch.setattr(MedSDPipeline, "_predict", small)
+    np.testing.assert_allclose(pipe.evidence(image, "epidural", "normal", max_pairs=32).map, whole.map, atol=1e-4 * np.abs(whole.map).max())
+    assert calls == [64, 32, 32]
 
 
 def test_evidence_against_the_empty_prompt(run, phantom_data):

@@ -78,11 +78,14 @@ def test_nothing_costs_nothing():
     assert not NoContrast()(never, ERRORS[:, 0], PROMPTS, TIMESTEPS, torch.Generator()).any()
 
 
-def test_data_without_classes_is_refused_in_one_line(phantom_data, tmp_path):
+@pytest.mark.parametrize(("classes", "known"), [(0, "none"), (1, "one")])
+def test_data_of_fewer_than_two_classes_is_refused_in_one_line(phantom_data, tmp_path, monkeypatch, classes, known):
     data = shutil.copytree(phantom_data, tmp_path / "data")
-    changed = json.loads((data / "medsd.json").read_text()) | {"class_names": [], "prompts": [], "class_tokens": []}
+    record = json.loads((data / "medsd.json").read_text())
+    changed = record | {name: record[name][:classes] for name in ("class_names", "prompts", "class_tokens")}
     (data / "medsd.json").write_text(json.dumps(changed))
-    with pytest.raises(InputError, match="--discriminative_weight compares classes, and this data has none"):
+    monkeypatch.setattr(prompts_of_rows, "row_labels", lambda rows: np.zeros(len(rows), int))
+    with pytest.raises(InputError, match=f"--discriminative_weight compares classes, and this data has {known}"):
         finetune_unet.main(FinetuneUNetConfig(dataset_name=str(data), output_dir=str(tmp_path / "unet"), discriminative_weight=0.1))
 
 
@@ -126,6 +129,17 @@ def test_hypotheses_are_the_frequent_sets_and_the_rare_are_counted():
     assert (numbers == -1).sum() == found.pooled and np.bincount(numbers[numbers >= 0]).tolist() == list(found.counts)
     np.testing.assert_array_equal(found.membership(8)[numbers[0]] if numbers[0] >= 0 else labels[0], labels[0])
     assert found.prior().sum() == pytest.approx(1) and Hypotheses.from_dict(json.loads(json.dumps(found.__dict__))) == found
+
+
+def test_every_finding_is_in_a_set_where_there_is_room():
+    generator = np.random.default_rng(0)
+    labels = np.append((generator.random((4000, 8)) < 0.3).astype(int), np.zeros((4000, 1), int), 1)
+    labels[:3, 8] = 1
+    found = count_hypotheses(labels, 9)
+    assert len(found.sets) == 32 and found.missing(9) == [] and sum(found.counts) + found.pooled == 4000
+    assert sum(8 in members for members in found.sets) == 1
+    labels[:, 8] = 0
+    assert count_hypotheses(labels, 9).missing(9) == [8]
 
 
 def test_training_with_the_term_resumes_to_the_same_weights(phantom_data, tmp_path):

@@ -62,6 +62,17 @@ def test_what_is_not_known_counts_nothing():
     assert alone["auroc"] == pytest.approx(np.mean([alone["auroc/effusion"], alone["auroc/nodule"]]))
 
 
+def test_accuracy_is_of_the_answers():
+    probabilities, labels = told(50)
+    answers = 1 - (probabilities > 0.5)
+    said, opposite = measured(probabilities, labels), measured(probabilities, labels, answers=answers)
+    assert said["balanced_accuracy"] == pytest.approx(1 - opposite["balanced_accuracy"]) and said["ece"] == opposite["ece"]
+    unknown = np.concatenate([labels, np.full((50, 3), -1)])
+    patients = [f"p{number}" for number in range(100)]
+    both = findings_metrics(np.concatenate([probabilities, probabilities]), unknown, NAMES, patients, resamples=10)
+    assert both["accuracy"] == pytest.approx(said["accuracy"]), "an image of which nothing is known is no right one"
+
+
 def test_what_does_not_fit_together_is_refused():
     probabilities, labels = told(10)
     for wrong in (

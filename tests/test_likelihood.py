@@ -1,6 +1,7 @@
 """Likelihoods against Bayes' rule, where exact denoisers are known, and the race against the full plan."""
 
 import json
+import pickle
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from medsd.inference.calibration import (
 from medsd.inference.fitting import (
     PILOT_BINS,
     design_effects,
+    fit,
     fit_group_temperature,
     fit_proposal,
     race_risks,
@@ -246,9 +248,28 @@ def test_opposite_noises_are_not_two_independent_pairs():
 
 def test_errors_that_are_not_finite_are_refused():
     scheduler = schedule()
-    plan = make_plan(scheduler, 4, (1, 1, DIMENSION))
-    with pytest.raises(NotFinite):
-        score_classes(lambda x_t, *_: x_t * torch.nan, scheduler, torch.zeros(2, 1, 1, DIMENSION), torch.zeros(2, 1, 1), plan)
+    plan, latents = make_plan(scheduler, 4, (1, 1, DIMENSION)), torch.zeros(3, 1, 1, DIMENSION)
+    latents[1] = torch.nan
+    with pytest.raises(NotFinite) as refused:
+        score_classes(lambda x_t, *_: x_t, scheduler, latents, torch.zeros(2, 1, 1), plan)
+    assert pickle.loads(pickle.dumps(refused.value)).images == [1], "as it goes from process to process"
+
+
+@pytest.mark.parametrize("where", ["pilot", "images"])
+def test_half_precision_that_overflows_is_not_taken(where):
+    score, labels = scored(count=12)
+    losses, asked = score().losses, []
+
+    def measure(chosen, plan, precision):
+        asked.append((precision, len(chosen)))
+        if precision == "fp16" and (where == "pilot" or len(chosen) == len(labels)):
+            raise NotFinite("too large", [0])
+        repeats = -(-len(plan) // losses.shape[2])
+        return Scores(np.tile(losses[chosen.numpy()], repeats)[:, :, : len(plan)], plan.places.numpy())
+
+    made = fit(measure, schedule(), (1, 1, DIMENSION), Answers.of_classes(labels, 3), "uniform", 64, 0, "fp16")
+    assert made.precision == "fp32" and ("fp32", len(labels)) in asked
+    assert (made.report["deviation of fp16"] is None) == (where == "pilot")
 
 
 def test_a_replayed_race_is_the_race():

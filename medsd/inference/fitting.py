@@ -102,9 +102,11 @@ def pilot_size(images: int, hypotheses: int, pairs: int) -> int:
     return min(images, max(FEWEST_IMAGES, rows // (4 * PILOT_BINS * hypotheses)))
 
 
-def usual_rows(images: int, hypotheses: int, pairs: int) -> int:
+def usual_rows(images: int, hypotheses: int, pairs: int, fast: str) -> int:
     """Rows that `fit` takes, unless weights of its own ask for another plan."""
-    return hypotheses * (images * pairs + pilot_size(images, hypotheses, pairs) * 6 * PILOT_BINS)
+    pilot = pilot_size(images, hypotheses, pairs)
+    tried = pilot if fast == "fp32" else pilot + (pilot + 1) // 2
+    return hypotheses * (images * pairs + tried * 4 * PILOT_BINS)
 
 
 def pilot_plan(scheduler: Any, latent_shape: tuple[int, ...], weighting: str, seed: int) -> Plan:

@@ -301,7 +301,7 @@ class ScoringMixin:
             try:
                 return self._score(latents[chosen], conditions, plan, Full(), belief, precision, calls, progress)
             except NotFinite as error:
-                raise NotFinite(str(error), kept[chosen[error.images]].tolist()) from error
+                raise NotFinite(str(error), kept[chosen.numpy()[list(error.images)]].tolist()) from error
 
         def fitted(score: Score) -> Calibration:
             fast = self._precision(fast_precision(self._execution_device), None)
