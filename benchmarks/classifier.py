@@ -8,7 +8,7 @@
 by classes and images, equal weights; after n1 pairs the better half of the classes stays, after n2 the best one; (50, 500) as
 published. *Random* (Favero et al., MIDL 2025): n random timesteps, the same for all classes; the mean or a majority vote; 501 as
 published. They are timed as published: one image at a time, 32 rows a call, float32, one wait for the device a call. Their curves are
-n1, n2 and n scaled down, from losses in the half precision that calibration found as good as float32. *Ours* is
+n1, n2 and n scaled down, from losses in the half precision of the device, where it has one. *Ours* is
 `MedSDPipeline.classify`, as calibrated, with plans of up to 64 pairs.
 
 Curves come from stored losses of every image, class and pair (an hour on two cores, goes on where it stopped); seconds from turns,
@@ -35,7 +35,7 @@ from medsd.inference.fitting import CONFIDENCE, LEVELS
 from medsd.inference.likelihood import Posterior, Scores, posterior, score_classes
 from medsd.inference.plan import Plan, nats_per_error, pair_noise
 from medsd.inference.race import Decide, Rule, replay
-from medsd.inference.scoring import choose_rule, fast_precision
+from medsd.inference.scoring import PRECISIONS, choose_rule, fast_precision
 from medsd.objectives.diffusion import denoising_error, epsilon_error_factor
 
 PUBLISHED = {"staged": (50, 500), "random": 501}
@@ -60,7 +60,8 @@ def grids(pipe: MedSDPipeline, images: list[np.ndarray], work: Path) -> tuple[np
 
     def even(part: list[np.ndarray]) -> Scores:
         latents, conditions = pipe.encode_images(part), pipe.encode_prompts(pipe.data.prompts)
-        with torch.autocast(latents.device.type, torch.bfloat16):
+        half = PRECISIONS[fast_precision(latents.device)]
+        with torch.autocast(latents.device.type, half, enabled=half is not None):
             return score_classes(pipe._predict, pipe.noise_schedule, latents, conditions, even_plan(pipe, latents))
 
     def own(part: list[np.ndarray]) -> Scores:
