@@ -10,7 +10,6 @@ Started again after it was stopped, it goes on: no image is scored twice.
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,9 +24,10 @@ if TYPE_CHECKING:
     import numpy as np
     from accelerate import Accelerator
 
-    from medsd.inference.likelihood import NotFinite
+    from medsd.inference.calibration import Calibration
     from medsd.inference.parts import Parts
     from medsd.inference.pipeline import MedSDPipeline
+    from medsd.inference.rows import UsableRows
     from medsd.inference.scoring import ClassifyOutput
 
 IMAGES_AT_ONCE = 128
@@ -105,81 +105,60 @@ def chosen_rows(config: ClassifyConfig, pipe: "MedSDPipeline", split: str, limit
 
 
 def calibrate(config: ClassifyConfig, pipe: "MedSDPipeline", accelerator: "Accelerator", parts: "Parts") -> None:
-    """By `MedSDPipeline.calibrate`, unless that was done on the very same before; a local pipeline of this very data keeps it."""
+    """On the validation split, unless that was done on the very same before; a local pipeline of this very data keeps it."""
     from medsd.data.dataset import load_info
-    from medsd.data.transforms import column
     from medsd.inference.folder import write_info
+    from medsd.inference.rows import UsableRows
 
     rows, labels = chosen_rows(config, pipe, "validation", min(config.max_samples or config.max_calibration, config.max_calibration))
-    failed: list[dict[str, str]] = []
-    known = list(readable(pipe, rows, [index for index, label in enumerate(labels) if label.min() >= 0], failed))
+    usable = UsableRows(pipe, rows, [index for index, label in enumerate(labels) if label.min() >= 0])
     fingerprint, unit = load_info(config.dataset_name).fingerprint, config.group_by or "patient"
     plan = f"{config.weighting}, {config.max_pairs} pairs, seed {config.seed}"
-    source = f"medsd {medsd.__version__}: {len(known)} validation images of {fingerprint[:12]}, by {unit}, {plan}"
+    source = f"medsd {medsd.__version__}: {len(usable.good)} validation images of {fingerprint[:12]}, by {unit}, {plan}"
     kept = [found for found in (pipe.info.calibration, parts.calibration()) if found and found.source == source]
     accelerator.wait_for_everyone()
-    if kept:
-        pipe.info = replace(pipe.info, calibration=kept[0])
-    else:
-        fit_calibration(config, pipe, rows, labels, known, failed, column(rows, f"{unit}_id").to_pylist(), accelerator)
-        pipe.info = replace(pipe.info, calibration=replace(pipe.info.calibration, source=source, group_unit=unit))
+    made = kept[0] if kept else replace(fit_calibration(config, pipe, labels, usable, accelerator), source=source, group_unit=unit)
+    pipe.info = replace(pipe.info, calibration=made)
     if not accelerator.is_main_process:
         return
-    print("calibrated before, on the same images and pairs" if kept else pipe.info.calibration.described())
-    if failed:
-        print(f"{len(failed)} of the images to calibrate on could not be used, such as {failed[0]['key']}: {failed[0]['reason']}")
-    parts.keep(pipe.info.calibration)
+    print("calibrated before, on the same images and pairs" if kept else made.described())
+    if usable.failed:
+        key, reason = usable.failed[0].values()
+        print(f"{len(usable.failed)} of the images to calibrate on could not be used, such as {key}: {reason}")
+    parts.keep(made)
     if not kept and config.max_samples is None and Path(config.pipeline).is_dir() and fingerprint == pipe.data.fingerprint:
         write_info(Path(config.pipeline), pipe.info)
         print(f"kept in {config.pipeline}/medsd.json")
 
 
 def fit_calibration(
-    config: ClassifyConfig,
-    pipe: "MedSDPipeline",
-    rows: Any,
-    labels: "np.ndarray",
-    known: list[int],
-    failed: list[dict[str, str]],
-    groups: list[str],
-    accelerator: "Accelerator",
-) -> None:
-    """On the `known` rows whose errors are finite, by all processes together; of the others, key and reason go to `failed`."""
-    from medsd.data.transforms import recorded_ranges
+    config: ClassifyConfig, pipe: "MedSDPipeline", labels: "np.ndarray", usable: "UsableRows", accelerator: "Accelerator"
+) -> "Calibration":
+    """By `MedSDPipeline.calibrate`, on images of all processes together."""
+    from medsd.data.transforms import column, recorded_ranges
     from medsd.inference.fitting import usual_rows
-    from medsd.inference.likelihood import NotFinite
     from medsd.inference.scoring import fast_precision
 
     with row_bar("scoring validation", silent=not accelerator.is_main_process) as bar:
-        bar.total = usual_rows(len(known), len(pipe.hypotheses.sets), config.max_pairs, fast_precision(pipe.device))
-        bar.total //= accelerator.num_processes
-        while True:
-            chosen = rows.select(known)
-            try:
-                pipe.calibrate(
-                    list(chosen["image"]),
-                    labels[known],
-                    weighting=config.weighting,
-                    max_pairs=config.max_pairs,
-                    seed=config.seed,
-                    groups=[groups[index] for index in known],
-                    batch_size=config.batch_size,
-                    progress=bar.update,
-                    ranges=recorded_ranges(chosen),
-                    accelerator=accelerator,
-                )
-            except NotFinite as error:
-                known = without(known, error, rows, failed)
-            else:
-                return
-
-
-def without(wanted: list[int], error: "NotFinite", rows: Any, failed: list[dict[str, str]]) -> list[int]:
-    """The `wanted` rows but for those whose error is not finite, of which key and reason go to `failed`."""
-    bad = [wanted[place] for place in error.images]
-    keys = rows.select_columns(["key"])
-    failed += [{"key": keys[index]["key"], "reason": str(error)} for index in bad]
-    return [index for index in wanted if index not in set(bad)]
+        expected = usual_rows(len(usable.good), len(pipe.hypotheses.sets), config.max_pairs, fast_precision(pipe.device))
+        bar.total = expected // accelerator.num_processes
+        calibration = usable.apply(
+            lambda rows: pipe.calibrate(
+                list(rows["image"]),
+                labels[usable.good],
+                weighting=config.weighting,
+                max_pairs=config.max_pairs,
+                seed=config.seed,
+                groups=column(rows, f"{config.group_by or 'patient'}_id").to_pylist(),
+                batch_size=config.batch_size,
+                progress=bar.update,
+                ranges=recorded_ranges(rows),
+                accelerator=accelerator,
+            )
+        )
+    if calibration is None:
+        raise InputError("no image of the validation split can be calibrated on: it needs labels and sound images, or --calibrate none")
+    return calibration
 
 
 def warn_of(config: ClassifyConfig, pipe: "MedSDPipeline") -> None:
@@ -242,40 +221,25 @@ def score(
 ) -> None:
     """Score this process's share of the rows that are not scored yet; the bar counts UNet rows, and its end is estimated."""
     from medsd.data.transforms import column
-    from medsd.inference.likelihood import NotFinite
     from medsd.inference.parts import score_columns
+    from medsd.inference.rows import UsableRows
 
     done, keys = parts.keys(), column(rows, "key").to_pylist()
     accelerator.wait_for_everyone()
     todo = [index for index, key in enumerate(keys) if key not in done][accelerator.process_index :: accelerator.num_processes]
     with row_bar(f"scoring {config.split}", silent=not accelerator.is_main_process) as bar:
         for start in range(0, len(todo), IMAGES_AT_ONCE):
-            wanted, before, failed = todo[start : start + IMAGES_AT_ONCE], time.perf_counter(), []
-            good, output = list(readable(pipe, rows, wanted, failed)), None
-            while good and output is None:
-                try:
-                    output = classify(config, pipe, rows.select(good), prior, bar.update)
-                except NotFinite as error:
-                    good = without(good, error, rows, failed)
+            wanted, before = todo[start : start + IMAGES_AT_ONCE], time.perf_counter()
+            usable = UsableRows(pipe, rows, wanted)
+            output = usable.apply(lambda chosen: classify(config, pipe, chosen, prior, bar.update))
             columns: dict[str, Any] = {"key": []}
             if output:
-                patients = column(rows.select(good), "patient_id").to_pylist()
-                columns = score_columns(output, pipe.class_names, [keys[index] for index in good], patients, labels[good])
+                patients = column(rows.select(usable.good), "patient_id").to_pylist()
+                columns = score_columns(output, pipe.class_names, [keys[index] for index in usable.good], patients, labels[usable.good])
             name = hashlib.sha256("\n".join(keys[index] for index in wanted).encode()).hexdigest()[:16]
-            parts.add(name, columns, failed, time.perf_counter() - before)
+            parts.add(name, columns, usable.failed, time.perf_counter() - before)
             bar.total = bar.n * len(todo) // (start + len(wanted))
             bar.refresh()
-
-
-def readable(pipe: "MedSDPipeline", rows: Any, wanted: list[int], failed: list[dict[str, str]]) -> Iterator[int]:
-    """The rows whose images the pipeline takes; of the others, key and reason go to `failed`."""
-    for index in wanted:
-        try:
-            pipe.fit_image(rows[index]["image"])
-        except (InputError, ValueError, TypeError, OSError) as error:
-            failed.append({"key": rows.select_columns(["key"])[index]["key"], "reason": " ".join(str(error).split())})
-        else:
-            yield index
 
 
 def classify(config: ClassifyConfig, pipe: "MedSDPipeline", rows: Any, prior: "np.ndarray | None", progress: Any) -> "ClassifyOutput":
@@ -343,7 +307,7 @@ def measure(
     import numpy as np
 
     from medsd.data.transforms import column
-    from medsd.evaluation.tables import answers_in, class_metrics, group_columns
+    from medsd.evaluation.tables import answers_in, class_metrics, group_columns, with_groups
 
     calibration, names, groups = pipe.calibration_for(config.weighting), pipe.class_names, None
     probabilities = np.stack([table[f"prob/{name}"].to_numpy() for name in names], 1)
@@ -354,8 +318,7 @@ def measure(
         ids = column(rows, f"{config.group_by}_id").to_pylist()
         temperature, rule = calibration.joins(config.group_by) if calibration else (None, "mean")
         groups, joined = group_columns(config.group_by, ids, patients, probabilities, labels, names, temperature, rule, prior)
-        answered = {name: reason for name, reason in metrics["reasons"].items() if name not in joined}
-        metrics |= joined | {"reasons": answered | joined["reasons"]}
+        metrics = with_groups(metrics, joined)
     return metrics | {
         "calibrated": calibration is not None and calibration.fits(config.max_pairs),
         "calibration": dict(calibration.report) if calibration else None,
@@ -401,15 +364,12 @@ def training_patients(config: ClassifyConfig, pipe: "MedSDPipeline") -> set[str]
 
 
 def say(metrics: dict[str, Any], config: ClassifyConfig, seen: set[str]) -> None:
-    """The figures that matter, with their intervals."""
+    """The figures that matter, and what to doubt of them."""
+    from medsd.evaluation.tables import summary_lines
+
     spent = f"{metrics['rows_per_image']:.0f} UNet rows and {metrics['seconds_per_image']:.2f} s an image"
     print(f"{metrics['n']} images with a label, {spent}" + (f"; {metrics['failed']} could not be scored" if metrics["failed"] else ""))
-    names = ["auroc", "balanced_accuracy", "accuracy", "ece", "nll"]
-    for name in [*names, *(f"{config.group_by}_{name}" for name in ("auroc", "accuracy") if config.group_by)]:
-        interval, value = metrics[f"{name}_ci"], metrics[name]
-        shown = "" if interval is None else f"  [{interval[0]:.3f}, {interval[1]:.3f}]"
-        beside = f"  (a perfectly calibrated model: {metrics['ece_floor']:.3f})" if name == "ece" and metrics["n"] else ""
-        print(f"{name:<18} " + (f"{value:.3f}{shown}{beside}" if value is not None else f"none: {metrics['reasons'][name]}"))
+    print("\n".join(summary_lines(metrics, config.group_by)))
     if seen:
         print(f"warning: {len(seen)} patients are among those that the pipeline was trained on, so the figures are too good")
     hint = "" if metrics["calibrated"] else " (not calibrated: the order of classes counts, not their probabilities)"

@@ -81,3 +81,20 @@ def group_columns(
     columns = {f"{unit}_id": ids, "images": np.bincount(group_of)}
     columns |= {f"prob/{name}": column for name, column in zip(names, joined.T, strict=True)}
     return columns, found
+
+
+def with_groups(metrics: dict[str, Any], joined: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of images, and those of groups in the place of what stood for them."""
+    reasons = {name: reason for name, reason in metrics["reasons"].items() if name not in joined}
+    return metrics | joined | {"reasons": reasons | joined["reasons"]}
+
+
+def summary_lines(metrics: dict[str, Any], unit: str | None = None) -> list[str]:
+    """The figures that matter with their intervals, those of groups (`patient` or `series`) where they were joined."""
+    lines = []
+    for name in ["auroc", "balanced_accuracy", "accuracy", "ece", "nll", *(f"{unit}_{name}" for name in ("auroc", "accuracy") if unit)]:
+        interval, value = metrics[f"{name}_ci"], metrics[name]
+        shown = "" if interval is None else f"  [{interval[0]:.3f}, {interval[1]:.3f}]"
+        beside = f"  (a perfectly calibrated model: {metrics['ece_floor']:.3f})" if name == "ece" and metrics["n"] else ""
+        lines.append(f"{name:<18} " + (f"{value:.3f}{shown}{beside}" if value is not None else f"none: {metrics['reasons'][name]}"))
+    return lines
