@@ -2,7 +2,8 @@
 
     python benchmarks/compare_models.py --dataset_name runs/phantom/data --pipelines runs/phantom/unet runs/phantom/discriminative
 
-Each has been scored by `classify.py` into PIPELINE-scores. *FID* is the Frechet distance (Heusel et al., 2017) between the test images and
+Each has been scored into PIPELINE-scores (`python recipes/classify.py --pipeline PIPELINE --dataset_name runs/phantom/data --max_pairs 24
+--output_dir PIPELINE-scores`). *FID* is the Frechet distance (Heusel et al., 2017) between the test images and
 as many drawn ones, the classes as often, in the features of a ResNet that was trained on the training images (`resnet.py`); its floor is
 that between the validation and the test images. Images per second are those of training, from `environment.json`.
 """
