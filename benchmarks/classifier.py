@@ -55,8 +55,8 @@ def even_plan(pipe: MedSDPipeline, latents: torch.Tensor) -> Plan:
     return Plan(timesteps, noise, nats_per_error(pipe.noise_schedule, "uniform", shape)[timesteps].float(), places)
 
 
-def grids(pipe: MedSDPipeline, images: list[np.ndarray], work: Path) -> tuple[np.ndarray, Scores]:
-    """Losses of the even plan `(N, K, GRID)`, and our own full scores; what is on disk is not computed again."""
+def even_losses(pipe: MedSDPipeline, images: list[np.ndarray], work: Path) -> np.ndarray:
+    """`(N, K, GRID)` of the even plan; what is on disk is not computed again."""
 
     def even(part: list[np.ndarray]) -> Scores:
         latents, conditions = pipe.encode_images(part), pipe.encode_prompts(pipe.data.prompts)
@@ -64,11 +64,17 @@ def grids(pipe: MedSDPipeline, images: list[np.ndarray], work: Path) -> tuple[np
         with torch.autocast(latents.device.type, half, enabled=half is not None):
             return score_classes(pipe._predict, pipe.noise_schedule, latents, conditions, even_plan(pipe, latents))
 
+    return stored(even, images, work, "even").losses
+
+
+def own_scores(pipe: MedSDPipeline, images: list[np.ndarray], work: Path) -> Scores:
+    """All pairs of all classes, by our plan; what is on disk is not computed again."""
+
     def own(part: list[np.ndarray]) -> Scores:
         return pipe.classify(part, mode="full", max_pairs=PAIRS).scores
 
     calibrated = hashlib.sha256(repr(pipe.info.calibration).encode()).hexdigest()[:8]
-    return stored(even, images, work, "even").losses, stored(own, images, work, f"own-{calibrated}")
+    return stored(own, images, work, f"own-{calibrated}")
 
 
 def stored(way: Callable[[list[np.ndarray]], Scores], images: list[np.ndarray], work: Path, name: str) -> Scores:
@@ -330,6 +336,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--work", type=Path, required=True, help="folder of the stored losses and the results")
     parser.add_argument("--images", type=int, default=1000, help="of the curves; 0 for none")
+    parser.add_argument("--ours_only", action="store_true", help="without the published rules' curves, nine tenths of the work")
     parser.add_argument("--timed_images", type=int, default=50)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="our UNet with torch.compile, as classify.py --compile")
@@ -347,21 +354,23 @@ def main() -> None:
         result["timed"] = timed(pipe, plain, images[: options.timed_images], options.turns)
         print(json.dumps(result["timed"]["ratios"], indent=1), flush=True)
     if options.images:
-        result |= compared(pipe, images, labels, np.array(rows["patient_id"]), options.work)
+        result |= compared(pipe, images, labels, np.array(rows["patient_id"]), options)
     (options.work / "classifier.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def compared(pipe: MedSDPipeline, images: list[np.ndarray], labels: np.ndarray, patients: np.ndarray, work: Path) -> dict:
+def compared(pipe: MedSDPipeline, images: list[np.ndarray], labels: np.ndarray, patients: np.ndarray, options: argparse.Namespace) -> dict:
     """Curves, and rows where they match; draws and prints them."""
-    even, own = grids(pipe, images, work)
-    calibration = pipe.info.calibration
-    curves, raced = published_curves(even), our_curve(own, calibration)
+    calibration, work = pipe.info.calibration, options.work
+    raced = our_curve(own_scores(pipe, images, work), calibration)
+    even = None if options.ours_only else even_losses(pipe, images, work)
+    curves = {} if even is None else published_curves(even)
     said = {name: posterior(scores, calibration) for name, scores in raced.items()}
     full = said["full"].logits
     points = {name: Point(raced[name].rows, answers_of(name, of), full.argmax(1)) for name, of in said.items()}
     eta = {name: Decide.eta if name.startswith("decide") else 0.0 for name in said}
     ours = [described(name, said[name], points[name], labels, full, eta[name]) for name in said]
-    nll = {name: published_nll(even, labels, count) for name, count in (("mean of 64 even pairs", 64), ("mean of 500", GRID))}
+    counts = {} if even is None else {"mean of 64 even pairs": 64, "mean of 500": GRID}
+    nll = {name: published_nll(even, labels, count) for name, count in counts.items()}
     error = float(np.sqrt(ours[-1]["accuracy"] * (1 - ours[-1]["accuracy"]) / len(labels)))
     drawn = {name: [entry.record(labels) for entry in curve] for name, curve in curves.items()}
     result = {"curves": drawn, "ours": ours, "nll of uncalibrated uniform scores": nll, "standard_error": error}
