@@ -77,12 +77,10 @@ def count_hypotheses(labels: np.ndarray, classes: int) -> Hypotheses:
     if labels.ndim == 1:
         return Hypotheses(tuple((index,) for index in range(classes)), tuple(counted[index,] for index in range(classes)))
     often = sorted(counted, key=lambda members: (-counted[members], members))
-    # The most frequent set of all, and of each finding, before all others.
-    needed = {next((members for members in often if index in members), often[0]): None for index in range(classes)} if often else {}
-    kept = set([*often[:1], *sorted(needed, key=often.index)][:MOST_SETS])
-    kept |= set([members for members in often if members not in kept][: MOST_SETS - len(kept)])
-    ordered = sorted(kept, key=lambda members: (len(members), members))
-    return Hypotheses(tuple(ordered), tuple(counted[members] for members in ordered), counted.total() - sum(map(counted.get, ordered)))
+    leading = {*often[:1], *(next((members for members in often if index in members), None) for index in range(classes))}
+    first = sorted(often, key=lambda members: members not in leading)
+    kept = sorted(first[:MOST_SETS], key=lambda members: (len(members), members))
+    return Hypotheses(tuple(kept), tuple(counted[members] for members in kept), sum(counted[members] for members in first[MOST_SETS:]))
 
 
 def _sets(labels: np.ndarray) -> list[tuple[int, ...]]:
