@@ -35,11 +35,9 @@ from medsd.inference.evidence import BLUR
 FOLDS = 5
 RECIPES = Path(__file__).parents[1] / "recipes"
 AUGMENTATION = ["--random_shift", "4", "--random_rotation", "10", "--random_scale", "0.1", "--random_intensity", "0.1"]
-MODELS = {
-    "plain": ["--max_train_steps", "2500"],
-    "discriminative": ["--max_train_steps", "600", "--learning_rate", "3e-4"],
-}
-"""Flags of each; the second goes on from the first, with the term."""
+PLAIN = ["--max_train_steps", "2500"]
+FURTHER = ["--max_train_steps", "600", "--learning_rate", "3e-4"]
+"""With the term, from the plain model."""
 COUNTERFACTUAL_SEEDS = 4
 
 
@@ -95,14 +93,12 @@ def prepare_fold(work: Path, fold: int, resolution: int) -> Path:
     return folder
 
 
-def train_and_score(folder: Path, name: str, weight: float) -> float:
+def train_and_score(folder: Path, name: str, flags: list[str]) -> float:
     """A model of a fold, in NAME, and its scores of the test images, in NAME-scores; returns the NLL of the validation images, nats."""
     data, model = str(folder / "data"), str(folder / name)
     common = ["--dataset_name", data, "--output_dir", model, "--class_sampling", "balanced", "--resume_from_checkpoint", "latest"]
-    further = ["--pretrained_model_name_or_path", str(folder / "plain"), "--discriminative_weight", str(weight)]
-    start = [] if name == "plain" else further
     if not (folder / name / "model_index.json").is_file():
-        recipe("finetune_unet", *common, *AUGMENTATION, *start, *MODELS[name])
+        recipe("finetune_unet", *common, *AUGMENTATION, *flags)
     scores = f"{model}-scores"
     if not Path(scores).is_dir():
         recipe("classify", "--pipeline", model, "--dataset_name", data, "--output_dir", scores, "--mode", "full")
@@ -187,25 +183,28 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     write_folds(options.data_dir, options.work)
+    weight = str(options.discriminative_weight)
+    with_term = f"discriminative-{weight}"
     folders = [prepare_fold(options.work, fold, options.resolution) for fold in options.folds]
     for folder in folders:
-        nll = {name: round(train_and_score(folder, name, options.discriminative_weight), 3) for name in MODELS}
+        start = ["--pretrained_model_name_or_path", str(folder / "plain"), "--discriminative_weight", weight]
+        nll = {name: train_and_score(folder, name, flags) for name, flags in (("plain", PLAIN), (with_term, [*FURTHER, *start]))}
         print(folder.name, "validation NLL", nll, flush=True)
-    found: dict[str, list[np.ndarray]] = {name: [] for name in (*MODELS, "resnet")}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ("plain", with_term, "resnet")}
     inside: dict[str, list[bool]] = {"grad-cam": [], "fixed pixel": []}
     labels, groups = [], []
     for folder in folders:
         rows = exam_rows(folder)
         classes = rows.features["label"].names
-        for name in MODELS:
+        for name in ("plain", with_term):
             found[name].append(ours(folder, name, classes))
-        for kind, hits in our_maps(folder, "discriminative", rows, found["discriminative"][-1]).items():
+        for kind, hits in our_maps(folder, with_term, rows, found[with_term][-1]).items():
             inside.setdefault(kind, []).extend(hits)
         probabilities, hits = resnet(folder, rows)
         found["resnet"].append(probabilities)
         inside["grad-cam"] += hits
         place = np.sum([mask[0] > 0 for mask in load_dataset(str(folder / "data"), "train")["mask"]], axis=0)
-        right = np.flatnonzero(found["discriminative"][-1].argmax(1) == np.array(rows["label"]))
+        right = np.flatnonzero(found[with_term][-1].argmax(1) == np.array(rows["label"]))
         inside["fixed pixel"] += [lies_in_box(place, rows[int(index)]) for index in right]
         labels += rows["label"]
         groups += rows["patient_id"]

@@ -159,7 +159,9 @@ def published_curves(losses: np.ndarray) -> dict[str, list[Point]]:
 
 def our_curve(scores: Scores, calibration: Calibration) -> dict[str, Scores]:
     """What races at several levels spend, and each mode, `decide` as delta chooses its level."""
-    rules: dict[str, Rule] = {f"decide at level {level}": Decide(level, spread=calibration.spread) for level in reversed(LEVELS)}
+    rules: dict[str, Rule] = {
+        f"decide at level {level}": Decide(level, spread=calibration.spread, together=calibration.vote) for level in reversed(LEVELS)
+    }
     rules |= {f"decide {delta}": choose_rule("decide", delta, calibration, PAIRS) for delta in DELTAS}
     rules |= {mode: choose_rule(mode, 0.05, calibration, PAIRS) for mode in ("posterior", "full")}
     belief = Belief(calibration)
@@ -198,16 +200,16 @@ def clopper_pearson_low(hits: int, count: int) -> float:
     return float(beta.ppf(1 - CONFIDENCE, hits, count - hits + 1)) if hits else 0.0
 
 
-def matched(curve: list[Point], modes: dict[str, Point], measure: str, labels: np.ndarray, patients: np.ndarray) -> dict:
+def matched(curve: list[Point], modes: dict[str, Point], measure: str, labels: np.ndarray, patients: np.ndarray, tolerance: float) -> dict:
     """`matching` on all images, and the interval of its ratio over resamples of patients, in which both sides choose anew."""
     right = np.stack([entry.right(measure, labels) for entry in curve]), np.stack([own.right(measure, labels) for own in modes.values()])
     rows = np.stack([entry.rows for entry in curve]), np.stack([own.rows for own in modes.values()])
-    theirs, ours, ratio = matching(right, rows, np.arange(len(labels)))
+    theirs, ours, ratio = matching(right, rows, np.arange(len(labels)), tolerance)
     generator, members = np.random.default_rng(0), [np.flatnonzero(patients == patient) for patient in np.unique(patients)]
     ratios = []
     for _ in range(RESAMPLES):
         drawn = generator.integers(0, len(members), len(members))
-        ratios.append(matching(right, rows, np.concatenate([members[index] for index in drawn]))[2])
+        ratios.append(matching(right, rows, np.concatenate([members[index] for index in drawn]), tolerance)[2])
     return {
         "theirs": curve[theirs].record(labels),
         "ours": None if ours is None else {"mode": list(modes)[ours], **list(modes.values())[ours].record(labels)},
@@ -217,16 +219,15 @@ def matched(curve: list[Point], modes: dict[str, Point], measure: str, labels: n
 
 
 def matching(
-    right: tuple[np.ndarray, np.ndarray], rows: tuple[np.ndarray, np.ndarray], chosen: np.ndarray
+    right: tuple[np.ndarray, np.ndarray], rows: tuple[np.ndarray, np.ndarray], chosen: np.ndarray, tolerance: float
 ) -> tuple[int, int | None, float]:
-    """A rule's cheapest point within one standard error of its best, our cheapest mode that is as good as that point, and their ratio of
-    rows, 0 where no mode is; of `chosen` images. `right` and `rows` are theirs `(points, N)` and ours `(modes, N)`."""
-    good, own = (of[:, chosen].mean(1) for of in right)
-    cost, ours = (of[:, chosen].mean(1) for of in rows)
-    error = np.sqrt(good * (1 - good) / len(chosen))
-    theirs = int(np.where(good >= good.max() - error, cost, np.inf).argmin())
-    mode = int(np.where(own >= good[theirs], ours, np.inf).argmin())
-    return (theirs, mode, float(cost[theirs] / ours[mode])) if own[mode] >= good[theirs] else (theirs, None, 0.0)
+    """A rule's cheapest point within `tolerance` of its best, our cheapest mode that is as good as that point, and their ratio of rows, 0
+    where no mode is; of `chosen` images. `right` and `rows` are theirs `(points, N)` and ours `(modes, N)`."""
+    their_share, our_share = (of[:, chosen].mean(1) for of in right)
+    their_rows, our_rows = (of[:, chosen].mean(1) for of in rows)
+    theirs = int(np.where(their_share >= their_share.max() - tolerance, their_rows, np.inf).argmin())
+    ours = int(np.where(our_share >= their_share[theirs], our_rows, np.inf).argmin())
+    return (theirs, ours, float(their_rows[theirs] / our_rows[ours])) if our_share[ours] >= their_share[theirs] else (theirs, None, 0.0)
 
 
 # Seconds
@@ -355,11 +356,11 @@ def main() -> None:
         print(json.dumps(result["timed"]["ratios"], indent=1), flush=True)
     if options.images:
         result |= compared(pipe, images, labels, np.array(rows["patient_id"]), options)
-    (options.work / "classifier.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.work / ("ours.json" if options.ours_only else "classifier.json")).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def compared(pipe: MedSDPipeline, images: list[np.ndarray], labels: np.ndarray, patients: np.ndarray, options: argparse.Namespace) -> dict:
-    """Curves, and rows where they match; draws and prints them."""
+    """Curves, and rows where they match (within one standard error of our accuracy); draws and prints them."""
     calibration, work = pipe.info.calibration, options.work
     raced = our_curve(own_scores(pipe, images, work), calibration)
     even = None if options.ours_only else even_losses(pipe, images, work)
@@ -376,8 +377,9 @@ def compared(pipe: MedSDPipeline, images: list[np.ndarray], labels: np.ndarray, 
     result = {"curves": drawn, "ours": ours, "nll of uncalibrated uniform scores": nll, "standard_error": error}
     modes = {name: own for name, own in points.items() if "level" not in name}
     for measure in ("accuracy", "agreement"):
-        result[f"matched {measure}"] = {name: matched(curve, modes, measure, labels, patients) for name, curve in curves.items()}
-    figure(drawn, ours, work / "classifier.png")
+        result[f"matched {measure}"] = {name: matched(curve, modes, measure, labels, patients, error) for name, curve in curves.items()}
+    if curves:
+        figure(drawn, ours, work / "classifier.png")
     report(result)
     return result
 

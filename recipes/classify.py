@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from medsd.inference.calibration import Calibration
     from medsd.inference.parts import Parts
     from medsd.inference.pipeline import MedSDPipeline
-    from medsd.inference.rows import UsableRows
     from medsd.inference.scoring import ClassifyOutput
+    from medsd.inference.usable import UsableImages
 
 IMAGES_AT_ONCE = 128
 """Scored and kept together, so that the last calls of a look are not half empty."""
@@ -107,49 +107,54 @@ def chosen_rows(config: ClassifyConfig, pipe: "MedSDPipeline", split: str, limit
 def calibrate(config: ClassifyConfig, pipe: "MedSDPipeline", accelerator: "Accelerator", parts: "Parts") -> None:
     """On the validation split, unless that was done on the very same before; a local pipeline of this very data keeps it."""
     from medsd.data.dataset import load_info
+    from medsd.inference.fitting import VERSION
     from medsd.inference.folder import write_info
-    from medsd.inference.rows import UsableRows
+    from medsd.inference.sharing import from_main
+    from medsd.inference.usable import UsableImages
 
     rows, labels = chosen_rows(config, pipe, "validation", min(config.max_samples or config.max_calibration, config.max_calibration))
-    usable = UsableRows(pipe, rows, [index for index, label in enumerate(labels) if label.min() >= 0])
+    usable = UsableImages(pipe, rows, [index for index, label in enumerate(labels) if label.min() >= 0])
     fingerprint, unit = load_info(config.dataset_name).fingerprint, config.group_by or "patient"
-    plan = f"{config.weighting}, {config.max_pairs} pairs, seed {config.seed}"
-    source = f"medsd {medsd.__version__}: {len(usable.good)} validation images of {fingerprint[:12]}, by {unit}, {plan}"
-    kept = [found for found in (pipe.info.calibration, parts.calibration()) if found and found.source == source]
-    accelerator.wait_for_everyone()
-    made = kept[0] if kept else replace(fit_calibration(config, pipe, labels, usable, accelerator), source=source, group_unit=unit)
+    plan = f"{config.weighting}, {config.max_pairs} pairs, seed {config.seed}, fit {VERSION}"
+    source = f"medsd {medsd.__version__}: {len(usable.places)} validation images of {fingerprint[:12]}, by {unit}, {plan}"
+    before = next((found for found in (pipe.info.calibration, parts.calibration()) if found and found.source == source), None)
+    # What one process reads and another does not must not part their ways.
+    before, source, usable.places, usable.failed = from_main((before, source, usable.places, usable.failed))
+    made = before or replace(fit_calibration(config, pipe, labels, usable, accelerator), source=source)
     pipe.info = replace(pipe.info, calibration=made)
     if not accelerator.is_main_process:
         return
-    print("calibrated before, on the same images and pairs" if kept else made.described())
+    print("calibrated before, on the same images and pairs" if before else made.described())
     if usable.failed:
         key, reason = usable.failed[0].values()
         print(f"{len(usable.failed)} of the images to calibrate on could not be used, such as {key}: {reason}")
     parts.keep(made)
-    if not kept and config.max_samples is None and Path(config.pipeline).is_dir() and fingerprint == pipe.data.fingerprint:
+    if before is None and config.max_samples is None and Path(config.pipeline).is_dir() and fingerprint == pipe.data.fingerprint:
         write_info(Path(config.pipeline), pipe.info)
         print(f"kept in {config.pipeline}/medsd.json")
 
 
 def fit_calibration(
-    config: ClassifyConfig, pipe: "MedSDPipeline", labels: "np.ndarray", usable: "UsableRows", accelerator: "Accelerator"
+    config: ClassifyConfig, pipe: "MedSDPipeline", labels: "np.ndarray", usable: "UsableImages", accelerator: "Accelerator"
 ) -> "Calibration":
     """By `MedSDPipeline.calibrate`, on images of all processes together."""
     from medsd.data.transforms import column, recorded_ranges
     from medsd.inference.fitting import usual_rows
     from medsd.inference.scoring import fast_precision
 
+    unit = config.group_by or "patient"
     with row_bar("scoring validation", silent=not accelerator.is_main_process) as bar:
-        expected = usual_rows(len(usable.good), len(pipe.hypotheses.sets), config.max_pairs, fast_precision(pipe.device))
+        expected = usual_rows(len(usable.places), len(pipe.hypotheses.sets), config.max_pairs, fast_precision(pipe.device))
         bar.total = expected // accelerator.num_processes
         calibration = usable.apply(
-            lambda rows: pipe.calibrate(
+            lambda rows, places: pipe.calibrate(
                 list(rows["image"]),
-                labels[usable.good],
+                labels[places],
                 weighting=config.weighting,
                 max_pairs=config.max_pairs,
                 seed=config.seed,
-                groups=column(rows, f"{config.group_by or 'patient'}_id").to_pylist(),
+                groups=column(rows, f"{unit}_id").to_pylist(),
+                group_unit=unit,
                 batch_size=config.batch_size,
                 progress=bar.update,
                 ranges=recorded_ranges(rows),
@@ -222,7 +227,7 @@ def score(
     """Score this process's share of the rows that are not scored yet; the bar counts UNet rows, and its end is estimated."""
     from medsd.data.transforms import column
     from medsd.inference.parts import score_columns
-    from medsd.inference.rows import UsableRows
+    from medsd.inference.usable import UsableImages
 
     done, keys = parts.keys(), column(rows, "key").to_pylist()
     accelerator.wait_for_everyone()
@@ -230,12 +235,12 @@ def score(
     with row_bar(f"scoring {config.split}", silent=not accelerator.is_main_process) as bar:
         for start in range(0, len(todo), IMAGES_AT_ONCE):
             wanted, before = todo[start : start + IMAGES_AT_ONCE], time.perf_counter()
-            usable = UsableRows(pipe, rows, wanted)
-            output = usable.apply(lambda chosen: classify(config, pipe, chosen, prior, bar.update))
+            usable = UsableImages(pipe, rows, wanted)
+            output = usable.apply(lambda chosen, _: classify(config, pipe, chosen, prior, bar.update))
             columns: dict[str, Any] = {"key": []}
             if output:
-                patients = column(rows.select(usable.good), "patient_id").to_pylist()
-                columns = score_columns(output, pipe.class_names, [keys[index] for index in usable.good], patients, labels[usable.good])
+                patients = column(rows.select(usable.places), "patient_id").to_pylist()
+                columns = score_columns(output, pipe.class_names, [keys[index] for index in usable.places], patients, labels[usable.places])
             name = hashlib.sha256("\n".join(keys[index] for index in wanted).encode()).hexdigest()[:16]
             parts.add(name, columns, usable.failed, time.perf_counter() - before)
             bar.total = bar.n * len(todo) // (start + len(wanted))
@@ -307,7 +312,8 @@ def measure(
     import numpy as np
 
     from medsd.data.transforms import column
-    from medsd.evaluation.tables import answers_in, class_metrics, group_columns, with_groups
+    from medsd.evaluation.tables import class_metrics, group_columns, with_groups
+    from medsd.inference.parts import answers_in
 
     calibration, names, groups = pipe.calibration_for(config.weighting), pipe.class_names, None
     probabilities = np.stack([table[f"prob/{name}"].to_numpy() for name in names], 1)
@@ -365,11 +371,14 @@ def training_patients(config: ClassifyConfig, pipe: "MedSDPipeline") -> set[str]
 
 def say(metrics: dict[str, Any], config: ClassifyConfig, seen: set[str]) -> None:
     """The figures that matter, and what to doubt of them."""
-    from medsd.evaluation.tables import summary_lines
-
     spent = f"{metrics['rows_per_image']:.0f} UNet rows and {metrics['seconds_per_image']:.2f} s an image"
     print(f"{metrics['n']} images with a label, {spent}" + (f"; {metrics['failed']} could not be scored" if metrics["failed"] else ""))
-    print("\n".join(summary_lines(metrics, config.group_by)))
+    names = ["auroc", "balanced_accuracy", "accuracy", "ece", "nll"]
+    for name in [*names, *(f"{config.group_by}_{name}" for name in ("auroc", "accuracy") if config.group_by)]:
+        interval, value = metrics[f"{name}_ci"], metrics[name]
+        shown = "" if interval is None else f"  [{interval[0]:.3f}, {interval[1]:.3f}]"
+        beside = f"  (a perfectly calibrated model: {metrics['ece_floor']:.3f})" if name == "ece" and metrics["n"] else ""
+        print(f"{name:<18} " + (f"{value:.3f}{shown}{beside}" if value is not None else f"none: {metrics['reasons'][name]}"))
     if seen:
         print(f"warning: {len(seen)} patients are among those that the pipeline was trained on, so the figures are too good")
     hint = "" if metrics["calibrated"] else " (not calibrated: the order of classes counts, not their probabilities)"

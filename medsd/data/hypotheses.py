@@ -26,7 +26,7 @@ class Hypotheses:
     """Class indices, rising."""
     counts: tuple[int, ...]
     pooled: int = 0
-    """Training images with other, rarer sets of findings."""
+    """Training images with other sets of findings."""
 
     def prior(self) -> np.ndarray:
         """Smoothed frequency of each, `(H,)` (Laplace's rule: one image more of each)."""
@@ -68,10 +68,8 @@ class Hypotheses:
 
 
 def count_hypotheses(labels: np.ndarray, classes: int) -> Hypotheses:
-    """Of training labels: every class, for indices `(N,)`; for findings `(N, classes)` of 0 and 1 the `MOST_SETS` most frequent sets.
-
-    A finding that none of those holds brings its most frequent set in the place of a rare one, as long as there are fewer findings than
-    sets. Images of which something is not known, -1, are left out.
+    """Of training labels: every class, for indices `(N,)`; for findings `(N, classes)` of 0 and 1 `MOST_SETS` sets: the most
+    frequent one of all and of each finding, then the others as they are frequent. Images of which something is not known, -1, are left out.
     """
     counted = Counter(_sets(labels[labels >= 0] if labels.ndim == 1 else labels[(labels >= 0).all(1)]))
     if labels.ndim == 1:

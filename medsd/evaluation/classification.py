@@ -43,7 +43,7 @@ def classification_metrics(
         patients: N patient ids; the unit that is resampled.
         resamples: bootstrap resamples, at least 1.
         seed: of the bootstrap and of `ece_floor`. The intervals do not depend on the order of images.
-        answers: `(N,)`, the class that was answered; default the most probable. Only the accuracies are about it.
+        answers: `(N,)`, the class that was answered; default the most probable. `accuracy` and `balanced_accuracy` are about it.
 
     Returns:
         A dictionary of plain Python numbers:
@@ -77,6 +77,8 @@ def classification_metrics(
     bootstrap, floor = np.random.default_rng(seed).spawn(2)
 
     said = probabilities.argmax(1) if answers is None else np.asarray(answers)
+    if said.shape != labels.shape:
+        raise InputError(f"{said.shape} answers for {len(labels)} images: one per image is expected")
     blocks = [
         _statistics(probabilities, said, labels, class_names, patient_of, counts)
         for counts in count_blocks(patient_of, resamples, bootstrap)

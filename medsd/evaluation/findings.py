@@ -43,7 +43,8 @@ def findings_metrics(
         probabilities: `(N, F)` in [0, 1].
         labels: `(N, F)`: 1 holds, 0 does not, -1 is not known.
         names, patients, resamples, seed: as in `classification_metrics`.
-        answers: `(N, F)` of 0 and 1, what was answered; default whether the probability is above 0.5.
+        answers: `(N, F)` of 0 and 1, what was answered; default whether the probability is above 0.5. `accuracy` and
+            `balanced_accuracy` are about it.
 
     Returns:
         As `classification_metrics`, with these meanings: `auroc`, `average_precision` are means over the findings that some images have
@@ -59,6 +60,8 @@ def findings_metrics(
     patient_of = np.unique(np.asarray(patients, str), return_inverse=True)[1]
     bootstrap, floor = np.random.default_rng(seed).spawn(2)
     said_yes = probabilities > 0.5 if answers is None else np.asarray(answers) == 1
+    if said_yes.shape != labels.shape:
+        raise InputError(f"Expected answers {labels.shape}, got {said_yes.shape}: one row per image.")
     blocks = [
         _statistics(probabilities, said_yes, labels, names, counts[:, patient_of])
         for counts in count_blocks(patient_of, resamples, bootstrap)
@@ -121,7 +124,8 @@ def _balanced(right: NDArray, holds: NDArray, known: NDArray, weights: Floats) -
 
 
 def _mean(values: NDArray, weights: Floats) -> Floats:
-    return weights @ values.astype(np.float64) / weights.sum(1)
+    total = weights.sum(1)
+    return np.divide(weights @ values.astype(np.float64), total, out=np.full(len(total), np.nan), where=total > 0)
 
 
 def _check(probabilities: Floats, labels: NDArray, names: Sequence[str], patients: Sequence[str]) -> None:

@@ -37,13 +37,6 @@ def class_metrics(
     return metrics
 
 
-def answers_in(predictions: Sequence[str], names: Sequence[str], findings: bool) -> NDArray:
-    """The column `prediction` as class indices `(N,)`, or as `findings` `(N, K)` of 0 and 1."""
-    if findings:
-        return np.array([[name in said.split("|") for name in names] for said in predictions], int)
-    return np.array([list(names).index(said) for said in predictions])
-
-
 def group_columns(
     unit: str,
     groups: Sequence[str],
@@ -87,14 +80,3 @@ def with_groups(metrics: dict[str, Any], joined: dict[str, Any]) -> dict[str, An
     """Metrics of images, and those of groups in the place of what stood for them."""
     reasons = {name: reason for name, reason in metrics["reasons"].items() if name not in joined}
     return metrics | joined | {"reasons": reasons | joined["reasons"]}
-
-
-def summary_lines(metrics: dict[str, Any], unit: str | None = None) -> list[str]:
-    """The figures that matter with their intervals, those of groups (`patient` or `series`) where they were joined."""
-    lines = []
-    for name in ["auroc", "balanced_accuracy", "accuracy", "ece", "nll", *(f"{unit}_{name}" for name in ("auroc", "accuracy") if unit)]:
-        interval, value = metrics[f"{name}_ci"], metrics[name]
-        shown = "" if interval is None else f"  [{interval[0]:.3f}, {interval[1]:.3f}]"
-        beside = f"  (a perfectly calibrated model: {metrics['ece_floor']:.3f})" if name == "ece" and metrics["n"] else ""
-        lines.append(f"{name:<18} " + (f"{value:.3f}{shown}{beside}" if value is not None else f"none: {metrics['reasons'][name]}"))
-    return lines

@@ -20,6 +20,17 @@ BINS = 8
 
 
 @dataclass(frozen=True)
+class Risk:
+    """How often a race at some level (`race.Decide`) answers otherwise than all pairs."""
+
+    level: float
+    rate: float
+    """Of the calibration images."""
+    bound: float
+    """Of all images like them, from above."""
+
+
+@dataclass(frozen=True)
 class Calibration:
     """How a model's losses become probabilities, and where its pairs lie."""
 
@@ -37,8 +48,8 @@ class Calibration:
     """Pairs an image and class that it was fitted on."""
     spread: float | None = None
     """Usual variance of a pair's difference between a class and the leader, calibrated nats squared."""
-    risks: tuple[tuple[float, float], ...] = ()
-    """(level, risk), levels rising: an upper bound of how often a race at that level (`race.Decide`) answers otherwise than all pairs."""
+    risks: tuple[Risk, ...] = ()
+    """Levels rising."""
     precision: str = "fp32"
     """Of the UNet in scoring, checked against float32."""
     group_unit: str = "patient"
@@ -65,10 +76,6 @@ class Calibration:
         """Temperature and rule for the groups of a unit; the mean where they were fitted to groups of another."""
         return (self.group_temperature, self.group_rule) if unit == self.group_unit else (None, "mean")
 
-    def certified(self, pairs: int) -> bool:
-        """Whether it says how often races over plans of so many pairs go wrong."""
-        return bool(self.risks) and self.pairs == pairs
-
     def described(self) -> str:
         """One line about what was fitted, and on what."""
         chosen = self.report["weighting"]
@@ -85,12 +92,12 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Calibration":
-        """Inverse of `dataclasses.asdict`, by way of JSON."""
+        """Inverse of `dataclasses.asdict`, by way of JSON; without risks of an older form."""
         tuples = {name: tuple(record[name]) for name in ("bias", "weights") if name in record}
         if "proposal" in record:
             tuples["proposal"] = Proposal(*(tuple(record["proposal"][name]) for name in ("density", "antithetic")))
         if "risks" in record:
-            tuples["risks"] = tuple((factor, risk) for factor, risk in record["risks"])
+            tuples["risks"] = tuple(Risk(**risk) for risk in record["risks"] if isinstance(risk, dict))
         return cls(**(record | tuples))
 
 

@@ -14,13 +14,17 @@ import torch
 
 from medsd.evaluation.classification import auroc
 from medsd.evaluation.groups import any_findings, common_labels, join_classes, join_findings
-from medsd.inference.calibration import Answers, Belief, Calibration, Weighting, choose_weighting, log_softmax
+from medsd.inference.calibration import Answers, Belief, Calibration, Risk, Weighting, choose_weighting, log_softmax
 from medsd.inference.likelihood import NotFinite, Scores
 from medsd.inference.plan import Plan, Proposal, make_plan, nats_per_error, pair_noise
 from medsd.inference.race import Decide, differences_to_leader, replay, variance_of_mean
-from medsd.inference.sharing import Score
 from medsd.objectives.diffusion import log_snr
 
+Score = Callable[[torch.Tensor, Plan, str], Scores]
+"""Images (places in the calibration set), plan and precision -> all losses."""
+
+VERSION = 2
+"""Of this file: another one may make another calibration of the same images."""
 PILOT_ROWS = 24_000
 """At most, and at most half of what scoring the calibration set takes; but `FEWEST_IMAGES` at least."""
 FEWEST_IMAGES = 8
@@ -34,6 +38,8 @@ LARGEST_DEVIATION = 0.25
 LEVELS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.17, 0.23, 0.3)
 CONFIDENCE = 0.95
 """That a risk is not above its bound."""
+ENOUGH_GROUPS = 5
+"""To tell from their images that went wrong how much those go together."""
 MIN_SNR_GAMMA = 5.0
 """Hang et al. (2023)."""
 
@@ -60,14 +66,14 @@ def fit(
     places = plan.places.numpy()
 
     def score_all(proposal: Proposal) -> tuple[np.ndarray, np.ndarray]:
-        nonlocal precision
+        nonlocal precision, deviation
         planned = make_plan(scheduler, pairs, latent_shape, weighting, seed, proposal)
         try:
             return score(torch.arange(len(answers.numbers)), planned, precision).losses, planned.places.numpy()
         except NotFinite:
             if precision == "fp32":
                 raise
-            precision = "fp32"
+            precision, deviation = "fp32", np.inf
             return score_all(proposal)
 
     proposal = fit_proposal(exact)
@@ -182,8 +188,8 @@ def usual_spread(losses: np.ndarray, places: np.ndarray) -> float:
     return float(np.median(per_pair)) if len(per_pair) else 1.0
 
 
-def race_risks(losses: np.ndarray, places: np.ndarray, belief: Belief, groups: np.ndarray | None = None) -> tuple[tuple[float, float], ...]:
-    """(level, risk): an upper bound, with `CONFIDENCE`, of how often a race at that level answers otherwise than all pairs.
+def race_risks(losses: np.ndarray, places: np.ndarray, belief: Belief, groups: np.ndarray | None = None) -> tuple[Risk, ...]:
+    """How often a race at each of `LEVELS` answers otherwise than all pairs, with upper bounds that hold with `CONFIDENCE`.
 
     `losses` `(N, K, P)` are all known. Answers whose logits on all pairs are within the race's eta count as the same. The bound is Clopper
     and Pearson's (1934), of as many images as there would be if those of a group (`groups` `(N,)`) were independent (Kish's design
@@ -198,24 +204,32 @@ def race_risks(losses: np.ndarray, places: np.ndarray, belief: Belief, groups: n
         answer = differences_to_leader(raced)[0]
         wrong[number] = logits.max(1) - logits[np.arange(count), answer] > rule.eta
     effects = np.ones(len(LEVELS)) if groups is None else design_effects(wrong, groups)
-    return tuple((level, upper_bound(row, effect)) for level, row, effect in zip(LEVELS, wrong, effects, strict=True))
+    return tuple(
+        Risk(level, float(row.mean()), upper_bound(row, effect)) for level, row, effect in zip(LEVELS, wrong, effects, strict=True)
+    )
 
 
 def design_effects(wrong: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """By how much the variance of each rate of `wrong` `(L, N)` exceeds that of independent images, `(L,)`, at least 1 (Kish, 1965).
 
     That of all levels together, which says something of the levels at which few images or none went wrong, or the level's own where it is
-    larger. Where nothing went wrong at all, a group counts as one image.
+    larger; with Korn and Graubard's (1998) correction for few groups. Where fewer than `ENOUGH_GROUPS` groups have an image that went
+    wrong, nothing is known of how they go together, and a group counts as one image.
     """
-    count, group_of = wrong.shape[1], np.unique(groups, return_inverse=True)[1]
+    from scipy.stats import t
+
+    sizes, group_of = np.unique(groups, return_counts=True)[1], np.unique(groups, return_inverse=True)[1]
+    count, several = wrong.shape[1], len(sizes)
+    alike = float((sizes**2).sum() / count)
+    if len(set(group_of[wrong.any(0)])) < min(ENOUGH_GROUPS, several) or several == 1:
+        return np.full(len(wrong), alike)
     rates = wrong.mean(1)
     summed = np.stack([np.bincount(group_of, row) for row in wrong - rates[:, None]])
-    clustered, independent = (summed**2).sum(1), count * rates * (1 - rates)
-    if not independent.any():
-        return np.full(len(wrong), float((np.bincount(group_of) ** 2).sum() / count))
-    together = max(1.0, float(clustered.sum() / independent.sum()))
+    clustered, independent = (summed**2).sum(1) * several / (several - 1), count * rates * (1 - rates)
+    together = clustered.sum() / independent.sum()
     own = np.divide(clustered, independent, out=np.zeros(len(wrong)), where=independent > 0)
-    return np.maximum(own, together)
+    few = (t.ppf(CONFIDENCE, several - 1) / t.ppf(CONFIDENCE, count - 1)) ** 2
+    return np.maximum(np.maximum(own, together) * few, 1.0)
 
 
 def upper_bound(wrong: np.ndarray, effect: float = 1.0) -> float:

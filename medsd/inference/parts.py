@@ -52,6 +52,13 @@ def _label_names(names: Sequence[str], labels: np.ndarray) -> list[str | None]:
     return [held if (row >= 0).any() else None for held, row in zip(shown, labels, strict=True)]
 
 
+def answers_in(predictions: Sequence[str], names: Sequence[str], findings: bool) -> np.ndarray:
+    """The column `prediction` as class indices `(N,)`, or as `findings` `(N, K)` of 0 and 1."""
+    if findings:
+        return np.array([[name in said.split("|") for name in names] for said in predictions], int)
+    return np.array([list(names).index(said) for said in predictions])
+
+
 class Parts:
     """A hidden folder beside the scores; each part is a Parquet file that is there in full or not at all.
 

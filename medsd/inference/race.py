@@ -6,6 +6,7 @@ good, so that a class's pairs are the first ones of the plan, and all classes of
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
 import numpy as np
@@ -54,7 +55,7 @@ class Decide:
     """
 
     level: float
-    """One-sided error of each comparison; see `certified_level`."""
+    """One-sided error of each comparison; see `promised_rule`."""
     eta: float = 0.1
     spread: float | None = None
     """See `variance_of_mean`."""
@@ -80,20 +81,20 @@ class Decide:
         return (active if self.together else left) & contested
 
 
-def certified_level(calibration: Calibration, delta: float, pairs: int) -> float:
-    """The level at which a `Decide` over plans of `pairs` pairs answers otherwise than all pairs with probability `delta` at most.
+def promised_rule(calibration: Calibration, delta: float, pairs: int) -> Decide:
+    """A race over plans of `pairs` pairs that answers otherwise than all pairs with probability `delta` at most.
 
-    Where risks were measured for such plans: the largest level whose risk, and that of all smaller ones, is below delta (fixed-sequence
-    testing, Angelopoulos et al., 2021); 0, which drops nothing, where there is none. Else Bonferroni's for all comparisons of an image.
+    Where risks were measured for such plans: at the largest level whose risk, and that of all smaller ones, is below delta (fixed-sequence
+    testing, Angelopoulos et al., 2021). Where there are none, or too few images to tell, at Bonferroni's level for all comparisons of an
+    image, each with its own variance; but nothing is dropped (level 0) where an image went wrong at a level as small.
     """
-    if not calibration.certified(pairs):
-        return delta / (max(len(calibration.bias) - 1, 1) * len(often(2, pairs)))
-    level = 0.0
-    for measured, risk in calibration.risks:
-        if risk > delta:
-            break
-        level = measured
-    return level
+    measured = calibration.risks if calibration.pairs == pairs else ()
+    certified = list(takewhile(lambda risk: risk.bound <= delta, measured))
+    if certified:
+        return Decide(certified[-1].level, spread=calibration.spread, together=calibration.vote)
+    level = delta / (max(len(calibration.bias) - 1, 1) * len(often(2, pairs)))
+    refuted = any(risk.rate for risk in measured if risk.level <= max(level, measured[0].level))
+    return Decide(0.0 if refuted else level, together=calibration.vote)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from medsd.data.dataset import DataInfo
@@ -18,16 +19,13 @@ from medsd.data.intensity import label_channels
 from medsd.data.transforms import to_unit
 from medsd.errors import InputError
 from medsd.inference.calibration import Answers, Belief, Calibration
-from medsd.inference.fitting import fit
+from medsd.inference.fitting import Score, fit
 from medsd.inference.folder import PipelineInfo
 from medsd.inference.likelihood import ROWS, NotFinite, Posterior, Scores, posterior, score_classes
 from medsd.inference.plan import Plan, make_plan
-from medsd.inference.race import Decide, Full, Rule, Settle, certified_level
-from medsd.inference.sharing import Score, fit_together
+from medsd.inference.race import Full, Rule, Settle, promised_rule
+from medsd.inference.sharing import fit_together
 from medsd.models.codec import Codec
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 ENCODE_BATCH = 16
 GPU_ROWS = 512
@@ -275,17 +273,18 @@ class ScoringMixin:
         max_pairs: int = 64,
         seed: int = 0,
         groups: Sequence[str] | None = None,
+        group_unit: str = "patient",
         batch_size: int | None = None,
         progress: Progress = lambda rows: None,
         ranges: np.ndarray | None = None,
-        accelerator: "Accelerator | None" = None,
+        accelerator: Accelerator | None = None,
     ) -> Calibration:
         """Fit how losses become probabilities on labelled held-out images, with all pairs; see `medsd.inference.fitting`.
 
         It is kept in `medsd.json` and used by `classify`. `labels` are class names or indices, or findings `(N, K)` of 0 and 1; `groups`
-        name each image's patient, whose images are not parted by cross-validation; `ranges` as in `encode_images`; processes of an
-        `accelerator`, all of which call this, share the scoring. Raises InputError for an unknown class and for a class without an image,
-        NotFinite where an image's error is not finite.
+        name each image's patient (or series, as `group_unit` says), whose images are not parted by cross-validation; `ranges` as in
+        `encode_images`; processes of an `accelerator`, all of which call this, share the scoring. Raises InputError for an unknown class
+        and for a class without an image, NotFinite where an image's error is not finite.
         """
         for name, given in (("labels", labels), ("groups", groups)):
             if given is not None and len(given) != len(images):
@@ -296,7 +295,7 @@ class ScoringMixin:
         conditions = self.encode_prompts(self._choices(None)[1])
         calls = self.batch_rows(batch_size)
 
-        def score(chosen: torch.Tensor, plan: Plan, precision: str) -> Scores:
+        def measure(chosen: torch.Tensor, plan: Plan, precision: str) -> Scores:
             belief = Belief(Calibration.none(len(conditions)))
             try:
                 return self._score(latents[chosen], conditions, plan, Full(), belief, precision, calls, progress)
@@ -307,7 +306,7 @@ class ScoringMixin:
             fast = self._precision(fast_precision(self._execution_device), None)
             return fit(score, self.noise_schedule, tuple(latents.shape[1:]), answers, weighting, max_pairs, seed, fast)
 
-        calibration = fit_together(fitted, score, accelerator)
+        calibration = replace(fit_together(fitted, measure, accelerator), group_unit=group_unit)
         self.info = replace(self.info, calibration=calibration)
         return calibration
 
@@ -384,9 +383,7 @@ def choose_rule(mode: str, delta: float, calibration: Calibration, pairs: int) -
         return Full()
     if mode == "posterior":
         return Settle(spread=calibration.spread, together=calibration.vote)
-    # The union bound is about each image's own variance; what is usual of others has only been tried together with the risks.
-    spread = calibration.spread if calibration.certified(pairs) else None
-    return Decide(certified_level(calibration, delta, pairs), spread=spread, together=calibration.vote)
+    return promised_rule(calibration, delta, pairs)
 
 
 def fast_precision(device: torch.device) -> str:
