@@ -21,6 +21,7 @@ from medsd.data.intensity import Range
 from medsd.data.prompts import class_words
 from medsd.errors import InputError
 from medsd.inference import folder as folders
+from medsd.inference.calibrating import CalibratingMixin
 from medsd.inference.explaining import ExplainingMixin
 from medsd.inference.folder import PipelineInfo
 from medsd.inference.foreign import ForeignModel, check_local, is_foreign, load_foreign
@@ -47,7 +48,7 @@ from medsd.output import partial_folder
 FOREIGN_DATA = {"intensity": Range(0.0, 255.0).to_dict(), "resize": "pad", "unit": "grey value", "fingerprint": ""}
 
 
-class MedSDPipeline(ExplainingMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
+class MedSDPipeline(CalibratingMixin, ExplainingMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
     """Text encoder, UNet, scheduler and codec, with what `medsd.json` records of classes and intensities.
 
     Args:
