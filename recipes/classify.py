@@ -45,7 +45,11 @@ def main(config: ClassifyConfig) -> None:
     check_output(output_dir, config.overwrite, [config.pipeline, config.dataset_name])
     accelerator = start_processes()
     with alone_in(output_dir) if accelerator.is_main_process else nullcontext():
-        write_scores(config, accelerator)
+        try:
+            write_scores(config, accelerator)
+        except KeyboardInterrupt:
+            print("the same command goes on from what is scored")
+            raise
 
 
 def write_scores(config: ClassifyConfig, accelerator: "Accelerator") -> None:
@@ -132,6 +136,8 @@ def calibrate(config: ClassifyConfig, pipe: "MedSDPipeline", accelerator: "Accel
     if before is None and config.max_samples is None and Path(config.pipeline).is_dir() and fingerprint == pipe.data.fingerprint:
         write_info(Path(config.pipeline), pipe.info)
         print(f"kept in {config.pipeline}/medsd.json")
+    elif before is None:
+        print("used for these scores alone: a pipeline keeps what was fitted on the data it was trained on, without --max_samples")
 
 
 def fit_calibration(
@@ -167,7 +173,13 @@ def fit_calibration(
 
 
 def warn_of(config: ClassifyConfig, pipe: "MedSDPipeline") -> None:
-    """What makes figures too good, or findings impossible."""
+    """What makes figures too good, findings impossible, or decisions dear."""
+    from medsd.inference.calibration import Calibration
+    from medsd.inference.race import promised_rule
+
+    calibration = pipe.calibration_for(config.weighting) or Calibration.none(len(pipe.hypotheses.sets))
+    if config.mode == "decide" and not promised_rule(calibration, config.delta, config.max_pairs).certified:
+        print(f"note: the calibration does not vouch for --delta {config.delta}: it takes more rows (see docs/classifier.md)")
     if config.calibrate == config.split:
         print("warning: these images are those that are calibrated on, so the figures are too good")
     if never := [pipe.class_names[index] for index in pipe.hypotheses.missing(len(pipe.class_names))]:
@@ -339,7 +351,7 @@ def write_evidence(config: ClassifyConfig, pipe: "MedSDPipeline", rows: Any, tab
     import numpy as np
 
     from medsd.data.transforms import recorded_ranges
-    from medsd.inference.pictures import overlay
+    from medsd.inference.pictures import captioned, overlay
 
     folder.mkdir()
     for index in range(len(rows) if config.keys else min(len(rows), EVIDENCE_IMAGES)):
@@ -349,7 +361,11 @@ def write_evidence(config: ClassifyConfig, pipe: "MedSDPipeline", rows: Any, tab
         evidence = pipe.evidence(row["image"], likely[0], against, config.max_pairs, config.seed, ranges, config.weighting)
         name = row["key"].replace("/", "_")
         np.save(folder / f"{name}.npy", evidence.map)
-        overlay(evidence.image, evidence.map).save(folder / f"{name}.png")
+        words = [
+            f"{evidence.class_name} against {against or 'none of the findings'}",
+            f"{evidence.map.sum():.3g} nats, largest {evidence.map.max():.3g}",
+        ]
+        captioned(overlay(evidence.image, evidence.map), words).save(folder / f"{name}.png")
 
 
 def training_patients(config: ClassifyConfig, pipe: "MedSDPipeline") -> set[str]:

@@ -222,7 +222,7 @@ def test_a_level_that_was_refuted_is_not_taken():
     assert promised_rule(refuted, 0.05, 64) == Decide(0.0)
     losses, places, belief = ties(2, 10), np.arange(64) / 64, Belief(refuted)
     assert np.isfinite(replay(losses, places, Decide(0.0), belief)).all()
-    assert promised_rule(refuted, 0.25, 64) == Decide(1e-5, spread=9.0)
+    assert promised_rule(refuted, 0.25, 64) == Decide(1e-5, spread=9.0, certified=True)
     few = replace(refuted, risks=(Risk(1e-5, 0.0, 0.1), Risk(0.3, 0.3, 0.4)))
     assert promised_rule(few, 0.05, 64) == promised_rule(replace(few, risks=()), 0.05, 64) != Decide(0.0), "too few images to tell"
 

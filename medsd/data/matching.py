@@ -62,6 +62,8 @@ def read_prior(file: Path, classes: Sequence[str]) -> np.ndarray:
     """Probability of each class, from YAML or JSON of CLASS: NUMBER; raises InputError where that does not fit."""
     import yaml
 
+    if not file.is_file():
+        raise InputError(f"--prior {file}: no such file; uniform, train, or a YAML file of CLASS: PROBABILITY is expected")
     try:
         given = {str(name): float(value) for name, value in yaml.safe_load(file.read_text()).items()}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:

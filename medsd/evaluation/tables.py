@@ -68,7 +68,9 @@ def group_columns(
     for name in ("auroc", "auroc_ci", "accuracy", "accuracy_ci"):
         found[f"{unit}_{name}"] = None if mixed else metrics[name]
         if mixed:
-            found["reasons"][f"{unit}_{name}"] = f"{mixed} of {len(ids)} {unit} groups have images of several classes."
+            found["reasons"][f"{unit}_{name}"] = (
+                f"{mixed} of {len(ids)} {unit} groups have images of several classes: one class a group is needed."
+            )
         elif metrics[name] is None:
             found["reasons"][f"{unit}_{name}"] = metrics["reasons"][name]
     columns = {f"{unit}_id": ids, "images": np.bincount(group_of)}

@@ -37,10 +37,11 @@ class CalibratingMixin(ScoringMixin):
     ) -> Calibration:
         """Fit how losses become probabilities on labelled held-out images, with all pairs; see `medsd.inference.fitting`.
 
-        It is kept in `medsd.json` and used by `classify`. `labels` are class names or indices, or findings `(N, K)` of 0 and 1; `groups`
-        name each image's patient (or series, as `group_unit` says), whose images are not parted by cross-validation; `ranges` as in
-        `encode_images`; processes of an `accelerator`, all of which call this, share the scoring. Raises InputError for an unknown class
-        and for a class without an image, NotFinite where an image's error is not finite.
+        `classify` uses it from then on, and `save_pretrained` keeps it in `medsd.json`. `labels` are class names or indices, or findings
+        `(N, K)` of 0 and 1; `groups` name each image's patient (or series, as `group_unit` says), whose images are not parted by
+        cross-validation; `ranges` as in `encode_images`; processes of an `accelerator`, all of which call this, share the scoring.
+
+        Raises InputError for an unknown class and for a class without an image, NotFinite where an image's error is not finite.
         """
         for name, given in (("labels", labels), ("groups", groups)):
             if given is not None and len(given) != len(images):

@@ -14,6 +14,7 @@ from medsd.errors import InputError
 from medsd.inference.plan import Proposal
 
 SMALLEST_PRIOR = 1e-12
+FEW_IMAGES = 50
 FOLDS = 5
 BINS = 8
 """Stretches of timesteps whose weights are fitted."""
@@ -80,9 +81,12 @@ class Calibration:
         """One line about what was fitted, and on what."""
         chosen = self.report["weighting"]
         both = sum(self.proposal.antithetic) / len(self.proposal.antithetic)
+        few = (
+            f"; so few images cannot tell unlikely from impossible: take {FEW_IMAGES} or more" if self.report["images"] < FEW_IMAGES else ""
+        )
         return (
             f"calibrated on {self.report['images']} images: temperature {self.temperature:.3g}, weights {chosen} (cross-validated NLL "
-            f"{self.report['candidates'][chosen]['nll']:.3f}), opposite noises in {both:.0%} of the timesteps, {self.precision}"
+            f"{self.report['candidates'][chosen]['nll']:.3f}), opposite noises in {both:.0%} of the timesteps, {self.precision}{few}"
         )
 
     @classmethod

@@ -71,6 +71,8 @@ def make_plan(
     """
     if weighting not in WEIGHTINGS:
         raise InputError(f"weighting {weighting} is none of {', '.join(WEIGHTINGS)}")
+    if pairs < 1:
+        raise InputError(f"{pairs} pairs: 1 or more are expected")
     proposal = proposal or Proposal()
     lambdas = log_snr(scheduler)
     usable = int(torch.isfinite(lambdas).sum())

@@ -61,6 +61,8 @@ class Decide:
     """See `variance_of_mean`."""
     together: bool = False
     """Whether an image's classes only go all at once, as votes among all classes need."""
+    certified: bool = False
+    """Whether races at this level were tried on labelled images."""
 
     def looks(self, pairs: int) -> list[int]:
         """2, 3, 4, 6, 8, 12, ..., `pairs`."""
@@ -91,7 +93,7 @@ def promised_rule(calibration: Calibration, delta: float, pairs: int) -> Decide:
     measured = calibration.risks if calibration.pairs == pairs else ()
     certified = list(takewhile(lambda risk: risk.bound <= delta, measured))
     if certified:
-        return Decide(certified[-1].level, spread=calibration.spread, together=calibration.vote)
+        return Decide(certified[-1].level, spread=calibration.spread, together=calibration.vote, certified=True)
     level = delta / (max(len(calibration.bias) - 1, 1) * len(often(2, pairs)))
     refuted = any(risk.rate for risk in measured if risk.level <= max(level, measured[0].level))
     return Decide(0.0 if refuted else level, together=calibration.vote)

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -143,7 +144,7 @@ class ScoringMixin:
             prior = self.hypotheses.prior()
         if prior is not None and (np.shape(prior) != (len(texts),) or not np.all(np.asarray(prior) >= 0)):
             raise InputError(
-                f"a prior of shape {np.shape(prior)}: one probability, 0 or more, for each of {len(texts)} hypotheses is expected"
+                f"a prior of shape {np.shape(prior)}: an array of {len(texts)} probabilities, one for each hypothesis, is expected"
             )
         belief = Belief(calibration or Calibration.none(len(texts)), prior)
         chosen = self._precision(precision, calibration)
@@ -269,8 +270,8 @@ class ScoringMixin:
         `ranges` `(N, C, 2)`, low and high of each channel, are for an intensity map that is recorded per image; without them
         each image is measured.
         """
-        if not len(images):
-            raise InputError("no image to encode")
+        if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim < 4) or not len(images):
+            raise InputError("images: a list of arrays (C, H, W), as medsd.read_image gives, or of PIL images is expected")
         if ranges is not None and len(ranges) != len(images):
             raise InputError(f"{len(ranges)} ranges for {len(images)} images: one per image is expected")
         fitted, device = [self.fit_image(image) for image in images], self._execution_device
