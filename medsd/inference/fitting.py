@@ -220,10 +220,10 @@ def design_effects(wrong: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
     sizes, group_of = np.unique(groups, return_counts=True)[1], np.unique(groups, return_inverse=True)[1]
     count, several = wrong.shape[1], len(sizes)
-    alike = float((sizes**2).sum() / count)
-    if len(set(group_of[wrong.any(0)])) < min(ENOUGH_GROUPS, several) or several == 1:
-        return np.full(len(wrong), alike)
     rates = wrong.mean(1)
+    told = wrong[(rates > 0) & (rates < 1)].any(0)
+    if len(set(group_of[told])) < min(ENOUGH_GROUPS, several) or several == 1:
+        return np.full(len(wrong), float((sizes**2).sum() / count))
     summed = np.stack([np.bincount(group_of, row) for row in wrong - rates[:, None]])
     clustered, independent = (summed**2).sum(1) * several / (several - 1), count * rates * (1 - rates)
     together = clustered.sum() / independent.sum()
