@@ -21,6 +21,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ GRID = 500
 CALL = 32
 PAIRS = 64
 AT_ONCE = 50
-DELTAS = (0.05, 0.01)
+DELTAS = (0.05, 0.02, 0.01)
 RESAMPLES = 1000
 
 
@@ -273,8 +274,7 @@ def timed(pipe: MedSDPipeline, plain: MedSDPipeline, images: list[np.ndarray], t
     everything = list(range(len(loop.conditions)))
     ways: dict[str, Callable[[list[np.ndarray]], object]] = {
         "staged, published": lambda part: [loop.staged(image) for image in part],
-        "ours, decide 0.05": lambda part: pipe.classify(part, mode="decide", delta=0.05, max_pairs=PAIRS),
-        "ours, decide 0.01": lambda part: pipe.classify(part, mode="decide", delta=0.01, max_pairs=PAIRS),
+        **{f"ours, decide {delta}": partial(pipe.classify, mode="decide", delta=delta, max_pairs=PAIRS) for delta in DELTAS},
         "ours, posterior": lambda part: pipe.classify(part, mode="posterior", max_pairs=PAIRS),
         "plain loop, same rows": lambda part: [loop.errors(plain.encode_images([one]), everything, spread(PAIRS)) for one in part],
         "engine fp32, same rows": lambda part: pipe.classify(part, mode="full", max_pairs=PAIRS, precision="fp32"),
@@ -290,8 +290,7 @@ def timed(pipe: MedSDPipeline, plain: MedSDPipeline, images: list[np.ndarray], t
             seconds[name].append((time.perf_counter() - before) / len(part))
         print({name: round(values[-1], 3) for name, values in seconds.items()}, flush=True)
     ratios = {
-        "published against decide 0.05": ("staged, published", "ours, decide 0.05"),
-        "published against decide 0.01": ("staged, published", "ours, decide 0.01"),
+        **{f"published against decide {delta}": ("staged, published", f"ours, decide {delta}") for delta in DELTAS},
         "published against posterior": ("staged, published", "ours, posterior"),
         "plain loop against engine": ("plain loop, same rows", "engine, same rows"),
         "plain loop against engine fp32": ("plain loop, same rows", "engine fp32, same rows"),
