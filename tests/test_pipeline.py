@@ -169,6 +169,11 @@ def test_images_of_other_sizes_and_kinds(info, images):
         pipe.encode_images([np.zeros((32, 32))])
     with pytest.raises(InputError, match="no image"):
         pipe.classify([])
+    for alone in (images[0], "slice.dcm", Image.fromarray(np.zeros((40, 40), np.uint8))):
+        with pytest.raises(InputError, match="a list of"):
+            pipe.classify(alone)
+    with pytest.raises(InputError, match="0 pairs"):
+        pipe.classify(images[:1], max_pairs=0)
 
 
 def test_names_and_prompts_are_checked(info):

@@ -270,8 +270,10 @@ class ScoringMixin:
         `ranges` `(N, C, 2)`, low and high of each channel, are for an intensity map that is recorded per image; without them
         each image is measured.
         """
-        if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim < 4) or not len(images):
-            raise InputError("images: a list of arrays (C, H, W), as medsd.read_image gives, or of PIL images is expected")
+        if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            raise InputError("one image: a list of arrays (C, H, W), as medsd.read_image gives, or of PIL images is expected")
+        if not len(images):
+            raise InputError("no image to encode")
         if ranges is not None and len(ranges) != len(images):
             raise InputError(f"{len(ranges)} ranges for {len(images)} images: one per image is expected")
         fitted, device = [self.fit_image(image) for image in images], self._execution_device
