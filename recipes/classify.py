@@ -48,7 +48,8 @@ def main(config: ClassifyConfig) -> None:
         try:
             write_scores(config, accelerator)
         except KeyboardInterrupt:
-            print("the same command goes on from what is scored")
+            if accelerator.is_main_process:
+                print("the same command goes on from what is scored")
             raise
 
 
@@ -291,7 +292,9 @@ def finish(
     import numpy as np
     import pyarrow.parquet
 
+    from medsd.data.dataset import load_info
     from medsd.data.transforms import column
+    from medsd.inference.folder import training_patients
     from medsd.output import replacing
 
     place = {key: index for index, key in enumerate(column(rows, "key").to_pylist())}
@@ -314,7 +317,8 @@ def finish(
             write_evidence(config, pipe, rows, table, made / "evidence")
         (made / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     parts.remove()
-    say(metrics, config, training_patients(config, pipe) & set(table["patient_id"].to_pylist()))
+    foreign = load_info(config.dataset_name).fingerprint != pipe.data.fingerprint
+    say(metrics, config, training_patients(Path(config.pipeline)) & set(table["patient_id"].to_pylist()) if foreign else set())
 
 
 def measure(
@@ -361,28 +365,7 @@ def write_evidence(config: ClassifyConfig, pipe: "MedSDPipeline", rows: Any, tab
         evidence = pipe.evidence(row["image"], likely[0], against, config.max_pairs, config.seed, ranges, config.weighting)
         name = row["key"].replace("/", "_")
         np.save(folder / f"{name}.npy", evidence.map)
-        words = [
-            f"{evidence.class_name} against {against or 'none of the findings'}",
-            f"{evidence.map.sum():.3g} nats, largest {evidence.map.max():.3g}",
-        ]
-        captioned(overlay(evidence.image, evidence.map), words).save(folder / f"{name}.png")
-
-
-def training_patients(config: ClassifyConfig, pipe: "MedSDPipeline") -> set[str]:
-    """Patients that the pipeline was trained on, as far as its training data is still where it was; of its own data, none in question."""
-    import yaml
-
-    from medsd.data.dataset import load_dataset, load_info
-    from medsd.data.transforms import column
-
-    recorded = Path(config.pipeline) / "config.yaml"
-    if not recorded.is_file() or load_info(config.dataset_name).fingerprint == pipe.data.fingerprint:
-        return set()
-    data = yaml.safe_load(recorded.read_text()).get("finetune_unet", {}).get("dataset_name")
-    try:
-        return set(column(load_dataset(data, "train"), "patient_id").to_pylist()) if data and Path(data).is_dir() else set()
-    except (InputError, OSError):
-        return set()
+        captioned(overlay(evidence.image, evidence.map), evidence.described()).save(folder / f"{name}.png")
 
 
 def say(metrics: dict[str, Any], config: ClassifyConfig, seen: set[str]) -> None:

@@ -20,6 +20,7 @@ from medsd.data.transforms import recorded_ranges, stratified
 from medsd.errors import InputError
 from medsd.inference import scoring
 from medsd.inference.likelihood import posterior
+from medsd.inference.pictures import LINE
 from medsd.output import alone_in
 from recipes import classify, finetune_unet
 from tests.conftest import REPOSITORY
@@ -291,7 +292,7 @@ def test_keys_and_evidence(run, phantom_data, tmp_path):
         name = key.replace("/", "_")
         assert np.load(folder / "evidence" / f"{name}.npy").shape == (32, 32)
         width, height = Image.open(folder / "evidence" / f"{name}.png").size
-        assert width >= 256 and height > 256, "with a caption"
+        assert width >= 256 and height == 256 + 2 * LINE + 6, "under two lines of caption"
     with pytest.raises(InputError, match="--keys nobody"):
         score(run, phantom_data, tmp_path / "none", keys=("nobody",), calibrate="none")
 

@@ -30,6 +30,10 @@ class Evidence:
         row, column = np.unravel_index(self.map.argmax(), self.map.shape)
         return int(row), int(column)
 
+    def described(self) -> list[str]:
+        """Lines of a caption: of which classes it speaks, and how loud."""
+        return [f"{self.class_name} against {self.against or 'nothing named'}", f"{self.map.sum():.3g} nats, largest {self.map.max():.3g}"]
+
 
 @torch.no_grad()
 def element_evidence(

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from medsd.data.dataset import INFO_FILE, DataInfo
+from medsd.data.dataset import INFO_FILE, DataInfo, load_dataset
 from medsd.data.hypotheses import Hypotheses
+from medsd.data.transforms import column
 from medsd.errors import InputError
 from medsd.inference.calibration import Calibration
 from medsd.output import write_text
@@ -224,3 +225,15 @@ def locate_base(base: Base, run: Path) -> Base:
     if weights_sha256(place) != base.sha256:
         raise InputError(f"{run} holds LoRA adapters of {place}, whose weights have changed since: restore them or train again")
     return replace(base, name=str(place))
+
+
+def training_patients(folder: Path) -> set[str]:
+    """Patients that a pipeline was trained on, as far as its training data is still where it was."""
+    import yaml
+
+    recorded = folder / "config.yaml"
+    data = yaml.safe_load(recorded.read_text()).get("finetune_unet", {}).get("dataset_name") if recorded.is_file() else None
+    try:
+        return set(column(load_dataset(data, "train"), "patient_id").to_pylist()) if data and Path(data).is_dir() else set()
+    except (InputError, OSError):
+        return set()

@@ -144,7 +144,7 @@ class ScoringMixin:
             prior = self.hypotheses.prior()
         if prior is not None and (np.shape(prior) != (len(texts),) or not np.all(np.asarray(prior) >= 0)):
             raise InputError(
-                f"a prior of shape {np.shape(prior)}: an array of {len(texts)} probabilities, one for each hypothesis, is expected"
+                f"a prior of shape {np.shape(prior)}: {len(texts)} probabilities of 0 or more, one for each hypothesis, are expected"
             )
         belief = Belief(calibration or Calibration.none(len(texts)), prior)
         chosen = self._precision(precision, calibration)

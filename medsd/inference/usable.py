@@ -1,13 +1,11 @@
 """Images of a data set before a pipeline that cannot take all of them."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 from medsd.errors import InputError
 from medsd.inference.likelihood import NotFinite
-from medsd.inference.scoring import ScoringMixin
-
-Found = TypeVar("Found")
+from medsd.inference.scoring import Found, ScoringMixin
 
 
 class UsableImages:
