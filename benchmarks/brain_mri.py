@@ -26,11 +26,12 @@ import pyarrow.parquet
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from benchmarks.resnet import Part, fold_of, grad_cam, logits, read, scaled, train
+from benchmarks.resnet import fold_of, grad_cam
 from medsd import MedSDPipeline, load_dataset
 from medsd.data.transforms import recorded_ranges
 from medsd.evaluation.classification import classification_metrics
 from medsd.inference.evidence import BLUR
+from medsd.training.discriminative import Labelled, fit_resnet, logits, read_labelled, scaled
 
 FOLDS = 5
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -127,14 +128,14 @@ def ours(folder: Path, name: str, classes: list[str]) -> np.ndarray:
 def resnet(folder: Path, rows: Any) -> tuple[np.ndarray, list[bool]]:
     """The ResNet's probabilities of the test images, and where Grad-CAM peaks for those that it classifies rightly."""
     data = str(folder / "data")
-    train_part, validation, test = (read(data, split) for split in ("train", "validation", "test"))
-    model = train(train_part, validation, len(rows.features["label"].names), seed=0)
+    train_part, validation, test = (read_labelled(data, split) for split in ("train", "validation", "test"))
+    model = fit_resnet(train_part, validation, len(rows.features["label"].names), seed=0)
     order = np.argsort(test.keys)
-    test = Part(test.images[order], test.labels[order], test.patients[order], test.keys[order])
+    test = Labelled(test.images[order], test.labels[order], test.patients[order], test.keys[order])
     right = np.flatnonzero(logits(model, test.images).argmax(1) == test.labels)
     cams = grad_cam(model, test.images[right], test.labels[right])
     hits = [lies_in_box(cam, rows[int(index)]) for index, cam in zip(right, cams, strict=True)]
-    return scaled(model, validation, test), hits
+    return scaled(model, validation, test.images), hits
 
 
 def lies_in_box(values: np.ndarray, row: dict[str, Any]) -> bool:

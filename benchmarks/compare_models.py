@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from scipy.linalg import sqrtm
 
-from benchmarks.resnet import Part, ResNet, read, train
 from medsd import MedSDPipeline
+from medsd.models.resnet import ResNet
+from medsd.training.discriminative import Labelled, fit_resnet, read_labelled
 
 METRICS = ("auroc", "balanced_accuracy", "nll", "ece", "rows_per_image")
 DRAWN_AT_ONCE = 50
@@ -49,7 +50,7 @@ def drawn(pipe: MedSDPipeline, labels: np.ndarray, guidance: float) -> torch.Ten
     return 2 * torch.cat(found) - 1
 
 
-def row(pipeline: str, test: Part, model: ResNet, real: np.ndarray, guidance: float) -> dict[str, float]:
+def row(pipeline: str, test: Labelled, model: ResNet, real: np.ndarray, guidance: float) -> dict[str, float]:
     scores = json.loads(Path(f"{pipeline}-scores", "metrics.json").read_text())
     environment = json.loads(Path(pipeline, "environment.json").read_text())
     pipe = MedSDPipeline.from_pretrained(pipeline)
@@ -66,8 +67,8 @@ def main() -> None:
     parser.add_argument("--pipelines", nargs="+", required=True)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     options = parser.parse_args()
-    parts = {split: read(options.dataset_name, split) for split in ("train", "validation", "test")}
-    model = train(parts["train"], parts["validation"], int(parts["train"].labels.max()) + 1, seed=0, epochs=EPOCHS)
+    parts = {split: read_labelled(options.dataset_name, split) for split in ("train", "validation", "test")}
+    model = fit_resnet(parts["train"], parts["validation"], int(parts["train"].labels.max()) + 1, seed=0, epochs=EPOCHS)
     real = features(model, parts["test"].images)
     print({"fid floor": round(frechet_distance(features(model, parts["validation"].images), real), 4)}, flush=True)
     for pipeline in options.pipelines:

@@ -1,0 +1,235 @@
+"""How alike generated and real images are, from their features: FID, KID, precision, recall, density and coverage.
+
+Words. Features are `(N, D)`, a row per image. A *weight* is how often an image counts: 1, or in a resample 0, 1, 2, ... The *floor* of a
+distance is what it is between two sets of real images of other patients: what a perfect generator would show at these numbers of images.
+Distances and kernels are computed in blocks, so that memory does not grow with the square of the number of images.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from medsd.errors import InputError
+from medsd.evaluation.classification import interval
+from medsd.evaluation.features import Features, check_same
+
+Floats = NDArray[np.float64]
+
+NEIGHBOURS = 5
+"""k of the balls around images (Naeem et al., ICML 2020, section 5)."""
+BLOCK_ELEMENTS = 2**22
+FEW_RESAMPLES, EIGEN_WORK = 20, 200 * 512**3
+"""Of the Fréchet distance, whose every resample costs D^3: as many as `EIGEN_WORK` allows, but at least so few."""
+NAMES = ("fid", "kid", "precision", "recall", "density", "coverage")
+
+
+def distribution_metrics(
+    generated: Features,
+    real: Features,
+    patients: Sequence[str],
+    other: Features | None = None,
+    resamples: int = 200,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Generated against real images, with 95 % bootstrap intervals: real images by patient, generated ones one by one.
+
+    Args:
+        generated: M images, more than `NEIGHBOURS`.
+        real: N images, more than `NEIGHBOURS`.
+        patients: N ids.
+        other: real images of other patients, about M of them, for the floors.
+
+    Returns:
+        `fid`, `kid`, `precision`, `recall`, `density`, `coverage` and `NAME_ci`; `fid_floor`, `kid_floor`, `kid_floor_ci`; `extractor`,
+        `n_real`, `n_generated`. The intervals of the last four of the six take the balls around the images as given; that of `fid` is moved
+        by the bias that resampling adds. None, with a sentence in `reasons`, where there are too few images.
+
+    Raises InputError for features of different extractors.
+    """
+    check_same(generated, real, *([other] if other else []))
+    found: dict[str, Any] = {"extractor": real.extractor, "n_real": len(real), "n_generated": len(generated)}
+    missing = [*NAMES, *(f"{name}_ci" for name in NAMES), "fid_floor", "kid_floor", "kid_floor_ci"]
+    if min(len(generated), len(real)) <= NEIGHBOURS:
+        why = f"{len(generated)} generated and {len(real)} real images: more than {NEIGHBOURS} of each are needed."
+        return found | dict.fromkeys(missing) | {"reasons": dict.fromkeys(missing, why)}
+    draws = np.random.default_rng(seed)
+    ones = np.arange(len(generated))
+    real_counts, generated_counts = (drawn_weights(units, resamples, draws) for units in (patient_numbers(patients), ones))
+    found |= _distances(generated.values, real.values, generated_counts, real_counts)
+    for name, (values, counts) in _shares(generated.values, real.values, generated_counts, real_counts).items():
+        series = counts @ values / counts.sum(1)
+        found |= {name: float(series[0]), f"{name}_ci": interval(series)}
+    if other is None or len(other) <= NEIGHBOURS:
+        why = f"{len(other) if other else 0} other real images to compare with: more than {NEIGHBOURS} are needed."
+        floors = ("fid_floor", "kid_floor", "kid_floor_ci")
+        return found | dict.fromkeys(floors) | {"reasons": dict.fromkeys(floors, why)}
+    floor = _distances(other.values, real.values, drawn_weights(np.arange(len(other)), resamples, draws), real_counts)
+    named = {"fid_floor": floor["fid"], "kid_floor": floor["kid"], "kid_floor_ci": floor["kid_ci"]}
+    return found | named | {"reasons": {}}
+
+
+def by_class(
+    generated: Features,
+    generated_labels: NDArray,
+    real: Features,
+    labels: NDArray,
+    patients: Sequence[str],
+    class_names: Sequence[str],
+    other: Features | None = None,
+    other_labels: NDArray | None = None,
+    resamples: int = 200,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """`distribution_metrics` within each class, as `NAME/CLASS`; labels are class indices."""
+    found: dict[str, Any] = {"reasons": {}}
+    for number, name in enumerate(class_names):
+        own = np.flatnonzero(labels == number)
+        known = None if other is None or other_labels is None else other[other_labels == number]
+        measured = distribution_metrics(
+            generated[generated_labels == number], real[own], [patients[place] for place in own], known, resamples, seed
+        )
+        found["reasons"] |= {f"{key}/{name}": reason for key, reason in measured.pop("reasons").items()}
+        del measured["extractor"]
+        found |= {_of_class(key, name): value for key, value in measured.items()}
+    return found
+
+
+def _of_class(key: str, name: str) -> str:
+    """`fid` -> `fid/CLASS`, `fid_ci` -> `fid/CLASS_ci`, as in the metrics of classification."""
+    return f"{key.removesuffix('_ci')}/{name}_ci" if key.endswith("_ci") else f"{key}/{name}"
+
+
+def frechet_distance(first: ArrayLike, second: ArrayLike) -> float:
+    """FID: squared Fréchet distance of two Gaussians with the mean and covariance of features `(N, D)` and `(M, D)`.
+
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) (Heusel et al., NeurIPS 2017, eq. 6); the last trace by symmetric matrices, so that
+    covariances without full rank do no harm.
+    """
+    (mean, covariance), (other_mean, other_covariance) = (_moments(np.asarray(x, np.float64), None) for x in (first, second))
+    return _frechet(mean, covariance, other_mean, other_covariance)
+
+
+def kernel_distance(first: ArrayLike, second: ArrayLike) -> float:
+    """KID: unbiased squared maximum mean discrepancy under the kernel (x . y / D + 1)^3 (Binkowski et al., ICLR 2018, eq. 4).
+
+    Of all images, where others average over subsets; it can be below 0.
+    """
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    return float(_kernel_distances(first, second, np.ones((1, len(first))), np.ones((1, len(second))))[0])
+
+
+def precision_recall(generated: ArrayLike, real: ArrayLike, neighbours: int = NEIGHBOURS) -> dict[str, float]:
+    """`precision`, `recall` (Kynkäänniemi et al., NeurIPS 2019, eqs. 1-2), `density`, `coverage` (Naeem et al., ICML 2020, eqs. 3-4).
+
+    A ball around an image reaches to its k-th nearest image of the same set.
+    """
+    generated, real = np.asarray(generated, np.float64), np.asarray(real, np.float64)
+    if min(len(generated), len(real)) <= neighbours:
+        raise InputError(f"{len(generated)} and {len(real)} images: more than {neighbours} of each are needed")
+    ones = np.ones((1, len(generated))), np.ones((1, len(real)))
+    return {name: float(values.mean()) for name, (values, _) in _shares(generated, real, *ones, neighbours).items()}
+
+
+def patient_numbers(patients: Sequence[str]) -> NDArray:
+    """`(N,)` the number of each image's patient."""
+    return np.unique(np.asarray(patients, str), return_inverse=True)[1]
+
+
+def drawn_weights(units: NDArray, resamples: int, draws: np.random.Generator) -> Floats:
+    """`(1 + R, N)`: each image once, then resamples of whole units `(N,)` (patients) with replacement."""
+    count = int(units.max()) + 1
+    counts = draws.multinomial(count, np.full(count, 1 / count), size=resamples) if count > 1 else np.ones((0, 1))
+    return np.concatenate([np.ones((1, count)), counts])[:, units]
+
+
+def _distances(first: NDArray, second: NDArray, first_counts: Floats, second_counts: Floats) -> dict[str, Any]:
+    """`fid`, `kid` and their intervals."""
+    first, second = first.astype(np.float64), second.astype(np.float64)
+    resamples = 1 + max(FEW_RESAMPLES, EIGEN_WORK // first.shape[1] ** 3)
+    pairs = zip(first_counts[:resamples], second_counts[:resamples], strict=False)
+    frechet = np.array([_frechet(*_moments(first, one), *_moments(second, two)) for one, two in pairs])
+    both = min(len(first_counts), len(second_counts))
+    kernel = _kernel_distances(first, second, first_counts[:both], second_counts[:both])
+    moved = np.concatenate([frechet[:1], np.maximum(frechet[1:] - (frechet[1:].mean() - frechet[0]), 0)]) if both > 1 else frechet
+    return {
+        "fid": float(frechet[0]),
+        "fid_ci": interval(moved) if both > 1 else None,
+        "kid": float(kernel[0]),
+        "kid_ci": interval(kernel) if both > 1 else None,
+    }
+
+
+def _moments(features: Floats, weights: Floats | None) -> tuple[Floats, Floats]:
+    """Mean `(D,)` and unbiased covariance `(D, D)`."""
+    weights = np.ones(len(features)) if weights is None else weights
+    mean = weights @ features / weights.sum()
+    centred = features - mean
+    return mean, (weights[:, None] * centred).T @ centred / (weights.sum() - 1)
+
+
+def _frechet(mean: Floats, covariance: Floats, other_mean: Floats, other: Floats) -> float:
+    values, vectors = np.linalg.eigh(covariance)
+    root = vectors * np.sqrt(np.maximum(values, 0))
+    between = np.linalg.eigvalsh(root.T @ other @ root)
+    common = np.sqrt(np.maximum(between, 0)).sum()
+    return float(((mean - other_mean) ** 2).sum() + np.trace(covariance) + np.trace(other) - 2 * common)
+
+
+def _kernel_distances(first: Floats, second: Floats, first_counts: Floats, second_counts: Floats) -> Floats:
+    """`(R,)`: an image drawn twice is not compared with itself, which would add a bias."""
+    within = [_kernel_sums(some, some, counts, counts, True) for some, counts in ((first, first_counts), (second, second_counts))]
+    pairs = [counts.sum(1) ** 2 - (counts**2).sum(1) for counts in (first_counts, second_counts)]
+    across = _kernel_sums(first, second, first_counts, second_counts, False)
+    return within[0] / pairs[0] + within[1] / pairs[1] - 2 * across / (first_counts.sum(1) * second_counts.sum(1))
+
+
+def _kernel_sums(first: Floats, second: Floats, first_counts: Floats, second_counts: Floats, same: bool) -> Floats:
+    """`(R,)` sum of the kernel over all pairs, each as often as it is drawn; of the `same` images without those of one image."""
+    sums, width = np.zeros(len(first_counts)), first.shape[1]
+    for rows in _blocks(len(first), len(second)):
+        kernel = (first[rows] @ second.T / width + 1) ** 3
+        if same:
+            kernel[np.arange(len(kernel)), np.arange(len(first))[rows]] = 0
+        sums += np.einsum("rj,rj->r", first_counts[:, rows] @ kernel, second_counts)
+    return sums
+
+
+def _shares(
+    generated: Floats, real: Floats, generated_counts: Floats, real_counts: Floats, neighbours: int = NEIGHBOURS
+) -> dict[str, tuple[Floats, Floats]]:
+    """What is averaged for each measure: a value for each generated or real image, and how often these count."""
+    generated, real = generated.astype(np.float64), real.astype(np.float64)
+    real_radii, generated_radii = ball_radii(real, neighbours), ball_radii(generated, neighbours)
+    balls = _over_rows(lambda squares: (squares <= real_radii).sum(1), generated, real)
+    recalled = _over_rows(lambda squares: (squares <= generated_radii).any(1), real, generated)
+    nearest = _over_rows(lambda squares: squares.min(1), real, generated)
+    return {
+        "precision": ((balls > 0).astype(float), generated_counts),
+        "recall": (recalled.astype(float), real_counts),
+        "density": (balls / neighbours, generated_counts),
+        "coverage": ((nearest <= real_radii).astype(float), real_counts),
+    }
+
+
+def ball_radii(features: Floats, neighbours: int) -> Floats:
+    """`(N,)` squared distance of each image to its k-th nearest other one."""
+    return _over_rows(lambda squares: np.partition(squares, neighbours, axis=1)[:, neighbours], features, features)
+
+
+def _over_rows(summary: Callable[[Floats], NDArray], first: Floats, second: Floats) -> NDArray:
+    """`summary` of the squared distances `(rows, M)`, for all N rows."""
+    norms = (second**2).sum(1)
+    parts = []
+    for rows in _blocks(len(first), len(second)):
+        some = first[rows]
+        parts.append(summary(np.maximum((some**2).sum(1)[:, None] + norms - 2 * some @ second.T, 0)))
+    return np.concatenate(parts)
+
+
+def _blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Cut `rows` so that a block of so many columns is small."""
+    height = max(1, BLOCK_ELEMENTS // columns)
+    for start in range(0, rows, height):
+        yield slice(start, min(start + height, rows))

@@ -1,0 +1,108 @@
+"""A discriminative model of the same images: a ResNet trained on them, to be set beside the diffusion model or to judge what it draws."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from medsd.data.dataset import load_dataset, load_info
+from medsd.data.intensity import label_channels
+from medsd.data.transforms import Augmentation, TrainingRows, column, to_unit
+from medsd.errors import InputError
+from medsd.inference.calibration import Answers, fit_temperature
+from medsd.models.resnet import ResNet
+
+EPOCHS, PATIENCE, BATCH = 60, 20, 32
+SCORED_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """N images with one class each."""
+
+    images: torch.Tensor
+    """`(N, C, R, R)` float32 in `[-1, 1]`."""
+    labels: np.ndarray
+    """`(N,)` class indices."""
+    patients: np.ndarray
+    keys: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, chosen: np.ndarray) -> "Labelled":
+        """Those whose place is true in `chosen` `(N,)`."""
+        places = np.flatnonzero(chosen)
+        return Labelled(self.images[torch.from_numpy(places)], self.labels[places], self.patients[places], self.keys[places])
+
+
+def read_labelled(dataset_name: str, split: str, resolution: int | None = None) -> Labelled:
+    """The labelled images of a split, without mask channels; raises InputError for findings that can hold together."""
+    rows, info = load_dataset(dataset_name, split), load_info(dataset_name)
+    if info.multi_label:
+        raise InputError(f"{dataset_name} has several findings an image: a classifier of one class an image cannot be trained on it")
+    labels = column(rows, "label").fill_null(-1).to_numpy()
+    known = np.flatnonzero(labels >= 0)
+    batch = TrainingRows(rows.select(known))[list(range(len(known)))]
+    unit = to_unit(batch["images"], info.intensity_map, batch.get("ranges"), resolution)
+    grey = unit.shape[1] - label_channels(info.intensity_map, info.image_channels)
+    names = (np.array(column(rows, name).to_pylist())[known] for name in ("patient_id", "key"))
+    return Labelled(unit[:, :grey], labels[known], *names)
+
+
+def fit_resnet(train: Labelled, validation: Labelled, classes: int, seed: int, epochs: int = EPOCHS) -> ResNet:
+    """With shift and rotation, until `PATIENCE` epochs have not lowered the validation NLL after temperature scaling; the best's weights.
+
+    Not by AUROC: on few validation images it can be highest before anything is learnt.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = ResNet(train.images.shape[1], classes, train.images.shape[-1])
+    draws = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * max(1, len(train) // BATCH))
+    change = Augmentation(shift=train.images.shape[-1] // 16, rotation=10.0)
+    labels, best, kept, stale = torch.from_numpy(train.labels), float("inf"), {}, 0
+    for _ in range(epochs):
+        model.train()
+        order = torch.randperm(len(labels), generator=draws)
+        for chosen in order[: max(1, len(order) // BATCH) * BATCH].split(BATCH):
+            loss = F.cross_entropy(model(change(train.images[chosen], draws)), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        answers, scores = answers_of(validation, classes), logits(model, validation.images)
+        nll = answers.loss(scores / fit_temperature(scores, answers)[0])
+        stale = 0 if nll < best else stale + 1
+        if nll < best:
+            best, kept = nll, {name: value.clone() for name, value in model.state_dict().items()}
+        if stale >= PATIENCE:
+            break
+    model.load_state_dict(kept)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: ResNet, images: torch.Tensor) -> np.ndarray:
+    """`(N, classes)` float64."""
+    model.eval()
+    return torch.cat([model(part) for part in images.split(SCORED_AT_ONCE)]).double().numpy()
+
+
+def answers_of(part: Labelled, classes: int) -> Answers:
+    """For a temperature without class bias; classes count alike, as in our calibration."""
+    return Answers(part.labels, np.zeros((classes, 1)))
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Probabilities `(N, classes)` of logits."""
+    powers = np.exp(scores - scores.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def scaled(model: ResNet, validation: Labelled, images: torch.Tensor) -> np.ndarray:
+    """Probabilities `(N, classes)` of images after temperature scaling on validation (Guo et al., ICML 2017)."""
+    temperature, _ = fit_temperature(logits(model, validation.images), answers_of(validation, model.head.out_features))
+    return softmax(logits(model, images) / temperature)
