@@ -220,6 +220,51 @@ def label_channels(intensity: IntensityMap, image_channels: int) -> int:
     return image_channels if isinstance(intensity, Labels) else 0
 
 
+def unit_steps(intensity: IntensityMap, image_channels: int, ranges: Any = None) -> np.ndarray:
+    """How far apart two neighbouring integers of the source are in `[-1, 1]`: `(..., channels)`; labels, their neighbours.
+
+    `ranges` `(..., C, 2)` for a map that is recorded per image, which without them takes its nominal ones.
+    """
+    match intensity:
+        case Stack():
+            return _steps_of_parts(intensity, ranges)
+        case Windows():
+            return np.array([2 / width for _, width in intensity.windows])
+        case Recorded():
+            low, high = np.moveaxis(np.asarray(intensity.ranges if ranges is None else ranges, float), -1, 0)
+            return 2 / np.where(high > low, high - low, 1.0)
+        case Labels():
+            return np.full(image_channels, 2 / (len(intensity.values) - 1))
+        case _:
+            return np.full(image_channels, 2 / (intensity.high - intensity.low))
+
+
+def _steps_of_parts(stack: Stack, ranges: Any) -> np.ndarray:
+    found, source = [], 0
+    for part, taken in stack.parts:
+        found.append(unit_steps(part, taken, None if ranges is None else np.asarray(ranges)[..., source : source + taken, :]))
+        source += taken
+    longest = max(found, key=lambda steps: steps.ndim).shape[:-1]
+    return np.concatenate([np.broadcast_to(steps, (*longest, steps.shape[-1])) for steps in found], -1)
+
+
+def nominal_ranges(intensity: IntensityMap, image_channels: int) -> tuple[tuple[float, float], ...]:
+    """(low, high) of each source channel that `from_unit` gives back without `ranges`."""
+    match intensity:
+        case Stack():
+            return tuple(pair for part, count in intensity.parts for pair in nominal_ranges(part, count))
+        case Windows():
+            ends = [(centre - width / 2, centre + width / 2) for centre, width in intensity.windows]
+            return ((min(low for low, _ in ends), max(high for _, high in ends)),)
+        case Recorded():
+            return intensity.ranges
+        case Labels():
+            return ((intensity.values[0], intensity.values[-1]),) * image_channels
+        case Range():
+            return ((intensity.low, intensity.high),) * image_channels
+    raise InputError(f"{type(intensity).__name__} is no intensity map that has a range")
+
+
 def percentile_range(values: np.ndarray) -> tuple[float, float]:
     """0.5 and 99.5 percentile of the voxels that are not background, the most common value (0 where the skull is stripped).
 

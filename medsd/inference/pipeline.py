@@ -4,7 +4,7 @@ Images are `(C, H, W)` in the source's own unit at the door and `[-1, 1]` inside
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from medsd.data.intensity import Range
 from medsd.data.prompts import class_words
 from medsd.errors import InputError
 from medsd.inference import folder as folders
+from medsd.inference.bound import BoundMixin
 from medsd.inference.calibrating import CalibratingMixin
 from medsd.inference.explaining import ExplainingMixin
 from medsd.inference.folder import PipelineInfo
@@ -45,10 +46,14 @@ from medsd.models.presets import LEARNED_VARIANCE, PRESETS, SD_SCHEDULE
 from medsd.models.unet import build_unet
 from medsd.output import partial_folder
 
+StepCallback = Callable[[Any, int, Any, dict[str, torch.Tensor]], dict[str, Any]]
+"""diffusers' own: called with the pipeline, the number of the step, its timestep and `{"latents": x_t}`, and returns the last."""
 FOREIGN_DATA = {"intensity": Range(0.0, 255.0).to_dict(), "resize": "pad", "unit": "grey value", "fingerprint": ""}
 
 
-class MedSDPipeline(CalibratingMixin, ExplainingMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
+class MedSDPipeline(
+    CalibratingMixin, ExplainingMixin, BoundMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+):
     """Text encoder, UNet, scheduler and codec, with what `medsd.json` records of classes and intensities.
 
     Args:
@@ -115,6 +120,7 @@ class MedSDPipeline(CalibratingMixin, ExplainingMixin, DiffusionPipeline, Stable
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
     ) -> ImagePipelineOutput:
         """Generate images of a class, or of prompts.
 
@@ -123,6 +129,7 @@ class MedSDPipeline(CalibratingMixin, ExplainingMixin, DiffusionPipeline, Stable
             latents: start noise `(B, c, h, w)` instead of a draw from `generator`.
             output_type: `pil` 8-bit view; `np` `(B, H, W, C)` in [0, 1]; `pt` `(B, C, H, W)` in [0, 1]; `latent`;
                 `source` `(B, C, H, W)` in the source's unit (HU for CT).
+            callback_on_step_end: see `StepCallback`; the latents that it returns are denoised further.
 
         Raises InputError for an unknown class, or neither or both of class and prompt.
         """
@@ -132,7 +139,7 @@ class MedSDPipeline(CalibratingMixin, ExplainingMixin, DiffusionPipeline, Stable
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=condition.dtype)
         latents = latents.to(self._execution_device, condition.dtype)
-        latents = self._denoise(latents, condition, num_inference_steps, guidance_scale, generator)
+        latents = self._denoise(latents, condition, num_inference_steps, guidance_scale, generator, callback=callback_on_step_end)
         return ImagePipelineOutput(images=self._finish(latents, output_type))
 
     def _prompts(self, class_name: str | None, prompt: str | Sequence[str] | None) -> list[str]:
@@ -152,7 +159,14 @@ class MedSDPipeline(CalibratingMixin, ExplainingMixin, DiffusionPipeline, Stable
         return encode(self.text_encoder, tokenize(self.tokenizer, prompts).to(self._execution_device))
 
     def _denoise(
-        self, latents: torch.Tensor, condition: torch.Tensor, steps: int, guidance_scale: float, generator: Any, first: int | None = None
+        self,
+        latents: torch.Tensor,
+        condition: torch.Tensor,
+        steps: int,
+        guidance_scale: float,
+        generator: Any,
+        first: int | None = None,
+        callback: StepCallback | None = None,
     ) -> torch.Tensor:
         """From pure noise, or from latents noised to the step numbered `first`."""
         guided = guidance_scale != 1
@@ -164,7 +178,7 @@ class MedSDPipeline(CalibratingMixin, ExplainingMixin, DiffusionPipeline, Stable
         self.scheduler.set_timesteps(steps, device=latents.device)
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         latents = latents * self.scheduler.init_noise_sigma if first is None else latents
-        for timestep in self.progress_bar(self.scheduler.timesteps[first:]):
+        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps[first:])):
             doubled = torch.cat([latents, latents]) if guided else latents
             prediction = self.unet(self.scheduler.scale_model_input(doubled, timestep), timestep, condition).sample
             if guided:
@@ -174,6 +188,8 @@ class MedSDPipeline(CalibratingMixin, ExplainingMixin, DiffusionPipeline, Stable
             if self.learns_variance and not takes_variance(self.scheduler):
                 prediction = prediction[:, : latents.shape[1]]
             latents = self.scheduler.step(prediction, timestep, latents, **extra).prev_sample
+            if callback is not None:
+                latents = callback(self, step, timestep, {"latents": latents}).get("latents", latents)
         return latents
 
     def _finish(self, latents: torch.Tensor, output_type: str) -> Any:
