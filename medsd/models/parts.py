@@ -49,12 +49,12 @@ def _check_fit(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> N
     expected = model.state_dict()
     reshaped = [key for key in expected if key in weights and expected[key].shape != weights[key].shape]
     problems = {
-        "missing": [key for key in expected if key not in weights],
+        "missing": [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")],
         "unexpected": [key for key in weights if key not in expected],
         "of another shape": [f"{key} {tuple(weights[key].shape)} for {tuple(expected[key].shape)}" for key in reshaped],
     }
     if found := "; ".join(f"{name} {first(keys)}" for name, keys in problems.items() if keys):
-        raise InputError(f"these weights do not fit diffusers' {type(model).__name__}: {found}. This variant cannot be converted")
+        raise InputError(f"these weights do not fit {type(model).__name__}: {found}. This variant cannot be converted")
 
 
 def first(keys: Iterable[str], most: int = 3) -> str:
