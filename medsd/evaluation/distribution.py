@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from medsd.errors import InputError
 from medsd.evaluation.classification import interval
 from medsd.evaluation.features import Features, check_same
+from medsd.evaluation.resampling import drawn_weights, patient_numbers
 
 Floats = NDArray[np.float64]
 
@@ -130,18 +131,6 @@ def precision_recall(generated: ArrayLike, real: ArrayLike, neighbours: int = NE
         raise InputError(f"{len(generated)} and {len(real)} images: more than {neighbours} of each are needed")
     ones = np.ones((1, len(generated))), np.ones((1, len(real)))
     return {name: float(values.mean()) for name, (values, _) in _shares(generated, real, *ones, neighbours).items()}
-
-
-def patient_numbers(patients: Sequence[str]) -> NDArray:
-    """`(N,)` the number of each image's patient."""
-    return np.unique(np.asarray(patients, str), return_inverse=True)[1]
-
-
-def drawn_weights(units: NDArray, resamples: int, draws: np.random.Generator) -> Floats:
-    """`(1 + R, N)`: each image once, then resamples of whole units `(N,)` (patients) with replacement."""
-    count = int(units.max()) + 1
-    counts = draws.multinomial(count, np.full(count, 1 / count), size=resamples) if count > 1 else np.ones((0, 1))
-    return np.concatenate([np.ones((1, count)), counts])[:, units]
 
 
 def _distances(first: NDArray, second: NDArray, first_counts: Floats, second_counts: Floats) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from medsd.errors import InputError
 from medsd.evaluation.classification import auroc, interval
-from medsd.evaluation.distribution import drawn_weights, patient_numbers
+from medsd.evaluation.resampling import drawn_weights, patient_numbers
 
 Floats = NDArray[np.float64]
 
