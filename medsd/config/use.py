@@ -6,6 +6,11 @@ from typing import ClassVar, Literal
 from medsd.config.base import RecipeConfig
 from medsd.errors import InputError
 
+MOST_TRIES = 128
+"""Of one image, each with seeds of its own."""
+SEEDS = 2**32
+"""torch's generator on a CPU tells so many seeds apart."""
+
 
 @dataclass
 class GenerateConfig(RecipeConfig):
@@ -16,7 +21,7 @@ class GenerateConfig(RecipeConfig):
     pipeline: str = "runs/{name}/unet"
     """Pipeline folder or Hub id."""
     output_dir: str = "runs/{name}/images"
-    """Folder of the images: CLASS/NNNNN.png and manifest.jsonl."""
+    """Folder of the images: CLASS/NNNNN.png, .nii.gz or .dcm, and manifest.jsonl."""
     class_name: tuple[str, ...] | None = None
     """Classes to generate. Default: every class."""
     num_images: int = 16
@@ -31,8 +36,39 @@ class GenerateConfig(RecipeConfig):
     """Seed of the first image; image i of a class uses seed + i."""
     batch_size: int = 16
     """Images per batch."""
+    format: Literal["png", "nifti", "dicom"] = "png"
+    """png: a view, or with --bits 16 one channel's values; nifti: all channels in the source's unit; dicom: secondary capture of one
+    channel, in HU for CT."""
+    bits: Literal[8, 16] = 8
+    """Of a PNG. 16: the source's own unit, from the low to the high that the manifest names."""
+    gif: bool = False
+    """Write how images come out of noise, as an animation."""
+    gif_samples: int = 1
+    """Images of each class that get an animation."""
+    gif_format: Literal["gif", "webp"] = "gif"
+    """Kind of the animation."""
+    min_probability: float | None = None
+    """Draw an image again while the pipeline's own classifier gives its class less than this. Default: keep every image."""
+    max_tries: int = 5
+    """Times that an image is drawn at most; then the likeliest stays, marked as not accepted."""
     overwrite: bool = False
     """Replace what is already in output_dir."""
+
+    def check(self) -> None:
+        """And the rules of this recipe."""
+        super().check()
+        if self.bits == 16 and self.format != "png":
+            raise InputError(f"--bits 16 is for PNG, and --format {self.format} keeps values without it: leave one away")
+        if not self.gif and (self.gif_samples, self.gif_format) != (1, "gif"):
+            raise InputError("--gif_samples and --gif_format say how animations are made: add --gif")
+        if self.min_probability is None and self.max_tries != 5:
+            raise InputError(f"--max_tries {self.max_tries} is for images that are drawn again: add --min_probability")
+        if self.min_probability is not None and not 0 < self.min_probability < 1:
+            raise InputError(f"--min_probability {self.min_probability} is not between 0 and 1")
+        if self.max_tries > MOST_TRIES:
+            raise InputError(f"--max_tries {self.max_tries}: at most {MOST_TRIES}")
+        if self.seed + self.num_images > SEEDS:
+            raise InputError(f"--seed {self.seed}: seeds from {SEEDS} on repeat smaller ones, so choose one below that by --num_images")
 
 
 @dataclass

@@ -15,6 +15,11 @@ def picture(unit: torch.Tensor) -> Image.Image:
     return Image.fromarray(np.concatenate(list(grey), axis=1))
 
 
+def shown(unit: torch.Tensor) -> np.ndarray:
+    """`picture` as an array `(H, W)` or `(H, W, 3)` uint8."""
+    return np.asarray(picture(unit))
+
+
 def grid(images: torch.Tensor, side: int = 128) -> Image.Image:
     """Images `(rows, columns, C, H, W)` on one sheet; small ones are enlarged to about `side` pixels."""
     views = [[picture(image) for image in row] for row in images]
