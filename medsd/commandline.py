@@ -34,6 +34,8 @@ def parse(recipe: type[Config], argv: Sequence[str]) -> Config:
     default = object.__new__(recipe)
     # Not initialised, since rules between fields hold for the YAML and the flags together, not for the YAML alone.
     default.__dict__.update(_defaults(recipe, path) | _section(recipe, path))
+    if hasattr(recipe, "config"):
+        default.config = str(path) if path else None
     description = f"{recipe.__doc__} --config FILE.yaml fills these fields from its section `{recipe.section}`; flags win."
     waiting = RULES_WAIT.set(True)
     try:

@@ -14,6 +14,8 @@ DIE_WITH_PARENT = 1
 """`PR_SET_PDEATHSIG` of prctl(2)."""
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """Environment variables of which accelerate's or torch's launcher sets one."""
+FOLLOWS = "MEDSD_FOLLOWS"
+"""Environment variable of a recipe that another one starts: it ends with that one, however that ends."""
 
 
 def cache_folder(kind: str) -> Path:
@@ -28,7 +30,7 @@ def follow_launcher() -> None:
 
     A process that was not launched stays alive when its shell goes. Exits where the launcher is dead already.
     """
-    if not any(name in os.environ for name in LAUNCHED):
+    if not any(name in os.environ for name in (*LAUNCHED, FOLLOWS)):
         return
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
     try:
@@ -36,7 +38,7 @@ def follow_launcher() -> None:
     except OSError:
         return
     if not any(word in parent for word in (b"python", b"accelerate", b"torchrun")):
-        print(f"error: the launcher that set {' or '.join(LAUNCHED)} is gone; unset them to train without one", file=sys.stderr)
+        print(f"error: the launcher that set {' or '.join((*LAUNCHED, FOLLOWS))} is gone; unset them to run without one", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
 
 

@@ -42,7 +42,7 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     """Build the pipeline, train it, and leave a pipeline folder."""
     from medsd.data.dataset import load_dataset
     from medsd.data.intensity import label_channels
-    from medsd.data.transforms import sample_rows
+    from medsd.data.transforms import training_rows
     from medsd.output import check_output
     from medsd.runtime import quiet_libraries
     from medsd.training.record import RunRecord
@@ -61,7 +61,7 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     pipe = build_pipeline(config, info)
     if config.use_8bit_adam:
         eight_bit_adam()
-    rows = sample_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples, config.seed)
+    rows = training_rows(load_dataset(config.dataset_name, "train"), *config.subset)
     source = build_source(config, accelerator, pipe, rows)
     record = RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard")
     with record, guard.watching_memory():
@@ -142,14 +142,14 @@ def build_pipeline(config: FinetuneUNetConfig, info: "DataInfo") -> "MedSDPipeli
 
 def start_from_preset(config: FinetuneUNetConfig, info: "DataInfo", prompts: list[str], rows: Any) -> "MedSDPipeline":
     """Random weights, in latents of `--vae` or in pixels."""
-    from medsd.data.transforms import pixel_statistics
+    from medsd.data.transforms import pixel_statistics, training_rows
     from medsd.inference.pipeline import MedSDPipeline
     from medsd.models.autoencoders import load_vae
 
     preset = config.preset or "tiny"
     if config.vae is not None:
         return MedSDPipeline.from_preset(preset, info, load_vae(config.vae), prompts=prompts)
-    mean, std = pixel_statistics(rows, info.intensity_map, resolution=info.resolution)
+    mean, std = pixel_statistics(training_rows(rows, *config.subset), info.intensity_map, resolution=info.resolution)
     return MedSDPipeline.from_preset(preset, info, None, config.pixel_factor or 4, mean, std, prompts, config.learned_variance)
 
 

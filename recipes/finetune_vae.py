@@ -174,14 +174,14 @@ def train(
     """Train the codec's autoencoder in place and save it."""
     from medsd.data.dataset import load_dataset
     from medsd.data.intensity import label_channels
-    from medsd.data.transforms import Augmentation, TrainingRows, row_classes, sample_images, sample_rows, to_unit
+    from medsd.data.transforms import Augmentation, TrainingRows, row_classes, sample_images, to_unit, training_rows
     from medsd.models.autoencoders import training_pass
     from medsd.training.best import Best
     from medsd.training.loop import Cadence, Loop
     from medsd.training.reconstruction import HeldOutImages
     from medsd.training.setup import Optimisation, batches, frozen_hash, latent_noise, resume, start
 
-    rows = sample_rows(load_dataset(config.dataset_name, "train"), config.max_train_samples, config.seed)
+    rows = training_rows(load_dataset(config.dataset_name, "train"), *config.subset)
     some = sample_images(rows, info.intensity_map, STATISTICS_IMAGES, info.resolution)
     codec.vae.to(accelerator.device)
     prepare_codebook(config, codec, some)

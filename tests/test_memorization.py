@@ -10,12 +10,12 @@ from medsd.evaluation.memorization import (
     Findings,
     Neighbours,
     audit_summary,
-    binomial_interval,
     feature_neighbours,
     find_copies,
     membership,
     pixel_neighbours,
 )
+from medsd.evaluation.shares import binomial_interval
 
 
 def heads(count, seed, smooth=1.2):

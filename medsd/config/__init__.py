@@ -6,19 +6,31 @@ other's folders. `commandline` fills the fields.
 
 from medsd.config.base import PHANTOM, RULES_WAIT, RecipeConfig
 from medsd.config.data import PrepareDataConfig
+from medsd.config.evaluate import EvaluateConfig
+from medsd.config.sweep import SweepConfig
 from medsd.config.unet import FinetuneUNetConfig
 from medsd.config.use import ClassifyConfig, GenerateConfig
 from medsd.config.vae import FinetuneVAEConfig
 
-RECIPES: tuple[type[RecipeConfig], ...] = (PrepareDataConfig, FinetuneVAEConfig, FinetuneUNetConfig, GenerateConfig, ClassifyConfig)
+RECIPES: tuple[type[RecipeConfig], ...] = (
+    PrepareDataConfig,
+    FinetuneVAEConfig,
+    FinetuneUNetConfig,
+    GenerateConfig,
+    ClassifyConfig,
+    EvaluateConfig,
+    SweepConfig,
+)
 __all__ = [
     "PHANTOM",
     "RECIPES",
     "RULES_WAIT",
     "ClassifyConfig",
+    "EvaluateConfig",
     "FinetuneUNetConfig",
     "FinetuneVAEConfig",
     "GenerateConfig",
     "PrepareDataConfig",
     "RecipeConfig",
+    "SweepConfig",
 ]

@@ -37,6 +37,9 @@ WITHOUT_EFFECT = frozenset(
 (the data's fingerprint, the effective batch)."""
 
 
+Preset = Literal["tiny", "small", "sd15"]
+
+
 @dataclass
 class TrainingConfig(RecipeConfig):
     """The flags of every training recipe; names follow diffusers' scripts."""
@@ -76,6 +79,9 @@ class TrainingConfig(RecipeConfig):
     """Gradients are clipped to this norm."""
     dataloader_num_workers: int = 0
     """Threads that read images while the model trains."""
+    train_fraction: float | None = None
+    """Train on this share of the training patients, drawn by the seed: with one seed, those of a smaller share are among those of a
+    larger. Default: all."""
     max_train_samples: int | None = None
     """Train on at most this many images."""
     resolution: int | None = None
@@ -119,6 +125,11 @@ class TrainingConfig(RecipeConfig):
     hub_private_repo: bool = True
     """Make the Hub repository private."""
 
+    @property
+    def subset(self) -> tuple[float | None, int | None, int]:
+        """Which rows are learned from: arguments of `medsd.data.transforms.training_rows`."""
+        return self.train_fraction, self.max_train_samples, self.seed
+
     def augmentation(self) -> dict[str, object]:
         """Keyword arguments of `medsd.data.transforms.Augmentation`."""
         return {name: getattr(self, f"random_{name}") for name in ("shift", "rotation", "scale", "intensity", "flip")}
@@ -143,6 +154,7 @@ class TrainingConfig(RecipeConfig):
         """What determines the result: the fields that have an effect, and the number of images in an update."""
         steps = {"max_train_steps"} if self.lr_scheduler == "constant" else set()
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in WITHOUT_EFFECT | steps}
+        chosen["train_fraction"] = None if self.train_fraction == 1 else self.train_fraction
         return chosen | {"effective_batch_size": self.train_batch_size * self.gradient_accumulation_steps * processes}
 
     def check(self) -> None:
@@ -158,6 +170,8 @@ class TrainingConfig(RecipeConfig):
             raise InputError("--allow_config_change belongs to --resume_from_checkpoint: give both")
         if self.overwrite and self.resume_from_checkpoint:
             raise InputError("--overwrite and --resume_from_checkpoint exclude each other: drop one")
+        if self.train_fraction is not None and not 0 < self.train_fraction <= 1:
+            raise InputError(f"--train_fraction {self.train_fraction}: a share of the patients, above 0 and at most 1, is expected")
         for field, most in {"random_rotation": 180, "random_scale": 0.9, "random_intensity": 1}.items():
             if not 0 <= getattr(self, field) <= most:
                 raise InputError(f"--{field} {getattr(self, field)} is not within 0 and {most}")
@@ -176,7 +190,7 @@ class FinetuneConfig(TrainingConfig):
     also a bare one."""
     revision: str | None = None
     """Revision of a Hub id."""
-    preset: Literal["tiny", "small", "sd15"] | None = None
+    preset: Preset | None = None
     """Size of a model that starts from random weights. Default without a pretrained one: tiny."""
     adapt_channels: bool = False
     """Make a pretrained model of another number of image channels fit the data; exact for one channel."""

@@ -18,11 +18,13 @@ from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 
 from medsd.data.dataset import DataInfo
 from medsd.data.intensity import IntensityMap, label_channels
+from medsd.data.splits import nested_subset
 from medsd.errors import InputError
 from medsd.randomness import Randomness, integers, uniform
 
 PATIENCE = 300.0
 """Seconds after which a batch that is not read is given up: a network disk may be slow, but not so slow."""
+UNIT_BATCH = 64
 Task = tuple[list[int], "Future[dict[str, torch.Tensor]]"]
 """Rows to read, and the batch that is promised."""
 
@@ -118,6 +120,14 @@ def to_unit(
     return intensity.to_unit(small, ranges)
 
 
+def unit_batches(dataset: Any, intensity: IntensityMap, resolution: int | None = None, size: int = UNIT_BATCH) -> Iterator[torch.Tensor]:
+    """All images of a data set in order, `(B, C, R, R)` float32 in `[-1, 1]`, `size` at a time."""
+    rows = TrainingRows(dataset)
+    for start in range(0, len(rows), size):
+        batch = rows[list(range(start, min(start + size, len(rows))))]
+        yield to_unit(batch["images"], intensity, batch.get("ranges"), resolution)
+
+
 def at_resolution(data: DataInfo, wanted: int | None) -> DataInfo:
     """The data as `to_unit` shrinks it to a side of `wanted` pixels; raises InputError where blocks of pixels do not make that up."""
     if wanted is not None and (wanted > data.resolution or data.resolution % wanted):
@@ -209,6 +219,13 @@ class TrainingOrder:
         counts = np.bincount(self.labels)[self.labels].astype(float)
         weights = counts**-1 if self.class_sampling == "balanced" else counts**-0.5
         return generator.choice(len(self.labels), size=len(self.labels), p=weights / weights.sum())
+
+
+def training_rows(dataset: Any, fraction: float | None, limit: int | None, seed: int) -> Any:
+    """The rows to learn from: those of `fraction` of the patients, see `nested_subset`, and of these at most `limit`; all without both."""
+    if fraction is not None:
+        dataset = dataset.select(nested_subset(column(dataset, "patient_id").to_pylist(), row_labels(dataset), fraction, seed))
+    return sample_rows(dataset, limit, seed)
 
 
 def sample_rows(dataset: Any, limit: int | None, seed: int) -> Any:

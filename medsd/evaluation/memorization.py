@@ -21,6 +21,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from medsd.errors import InputError
 from medsd.evaluation.classification import auroc, interval
 from medsd.evaluation.resampling import drawn_weights, patient_numbers
+from medsd.evaluation.shares import binomial_interval
 
 Floats = NDArray[np.float64]
 
@@ -120,14 +121,6 @@ def audit_summary(found: Findings, rate: float) -> dict[str, Any]:
         "copies": copies,
         "verdict": "failed" if copies or low > rate else "passed",
     }
-
-
-def binomial_interval(hits: int, count: int) -> tuple[float, float]:
-    """The exact 95 % interval of a share (Clopper and Pearson, 1934)."""
-    from scipy.stats import beta
-
-    low = float(beta.ppf(0.025, hits, count - hits + 1)) if hits else 0.0
-    return low, float(beta.ppf(0.975, hits + 1, count - hits)) if hits < count else 1.0
 
 
 def membership(training_losses: Floats, held_out_losses: Floats, patients: Sequence[str], resamples: int = 1000, seed: int = 0) -> dict:

@@ -1,12 +1,12 @@
 """Means of images with bootstrap intervals, in which patients are drawn and not images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from medsd.evaluation.classification import interval
+from medsd.evaluation.classification import interval, why_no_interval
 
 Floats = NDArray[np.float64]
 
@@ -24,8 +24,19 @@ def drawn_weights(units: NDArray, resamples: int, draws: np.random.Generator) ->
 
 
 def mean_with_interval(name: str, values: ArrayLike, patients: Sequence[str], resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """`name`, the mean of values `(N,)`, and `name_ci`, its 95 % interval by patient; None of one patient."""
-    values = np.asarray(values, np.float64)
-    counts = drawn_weights(patient_numbers(patients), resamples, np.random.default_rng(seed))
+    """`name`, the mean of values `(N,)`, and `name_ci`, its 95 % interval by patient; None of one patient, which `reasons` then say."""
+    values, units = np.asarray(values, np.float64), patient_numbers(patients)
+    counts = drawn_weights(units, resamples, np.random.default_rng(seed))
     series = counts @ values / counts.sum(1)
-    return {name: float(series[0]), f"{name}_ci": interval(series) if len(series) > 1 else None}
+    found = {name: float(series[0]), f"{name}_ci": interval(series) if len(series) > 1 else None, "reasons": {}}
+    return found if len(series) > 1 else found | {"reasons": {f"{name}_ci": why_no_interval(units)}}
+
+
+def together(parts: Iterable[Mapping[str, Any]], before: str = "") -> dict[str, Any]:
+    """The numbers of several parts and the `reasons` of each, every name with `before` in front."""
+    found: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+    for part in parts:
+        found |= {f"{before}{name}": value for name, value in part.items() if name != "reasons"}
+        reasons |= {f"{before}{name}": reason for name, reason in part.get("reasons", {}).items()}
+    return found | {"reasons": reasons}

@@ -115,8 +115,9 @@ class ResNetFeatures:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """`(B, D)`."""
-        return self.model.maps(images.to(self.model.head.weight)).mean((2, 3))
+        """`(B, D)`; channels behind those that it was trained on, which hold masks, are not looked at."""
+        seen = images[:, : self.model.stem[0].in_channels]
+        return self.model.maps(seen.to(self.model.head.weight)).mean((2, 3))
 
 
 class ColourFeatures:

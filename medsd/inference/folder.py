@@ -195,6 +195,20 @@ def weights_sha256(base: Path) -> str:
     files = [base] if base.is_file() else sorted((base / "unet").glob("*.safetensors"))
     if not files:
         raise InputError(f"{base}/unet holds no safetensors weights: convert them with diffusers' save_pretrained first")
+    return _sha256(files)
+
+
+def pipeline_sha256(folder: Path) -> str:
+    """sha256 over all weight files of a local pipeline folder (UNet, autoencoder, text encoder; of a LoRA run its adapters and words)."""
+    parts = [folder / name for name in ("unet", "vae", "text_encoder", EMBEDS_DIR)]
+    files = [file for part in parts for file in sorted(part.glob("*.safetensors"))]
+    files += [folder / LORA_FILE] if (folder / LORA_FILE).is_file() else []
+    if not files:
+        raise InputError(f"{folder} holds no safetensors weights: name a pipeline folder")
+    return _sha256(files)
+
+
+def _sha256(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -1,10 +1,14 @@
 """A discriminative model of the same images: a ResNet trained on them, to be set beside the diffusion model or to judge what it draws."""
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from medsd.data.dataset import load_dataset, load_info
 from medsd.data.intensity import label_channels
@@ -12,8 +16,12 @@ from medsd.data.transforms import Augmentation, TrainingRows, column, to_unit
 from medsd.errors import InputError
 from medsd.inference.calibration import Answers, fit_temperature
 from medsd.models.resnet import ResNet
+from medsd.output import writing
+from medsd.runtime import cache_folder
 
 EPOCHS, PATIENCE, BATCH = 60, 20, 32
+QUICK_EPOCHS = 10
+"""Enough for features that tell the classes."""
 SCORED_AT_ONCE = 128
 
 
@@ -51,10 +59,12 @@ def read_labelled(dataset_name: str, split: str, resolution: int | None = None) 
     return Labelled(unit[:, :grey], labels[known], *names)
 
 
-def fit_resnet(train: Labelled, validation: Labelled, classes: int, seed: int, epochs: int = EPOCHS) -> ResNet:
+def fit_resnet(
+    train: Labelled, validation: Labelled, classes: int, seed: int, epochs: int = EPOCHS, progress: Callable[[], Any] = lambda: None
+) -> ResNet:
     """With shift and rotation, until `PATIENCE` epochs have not lowered the validation NLL after temperature scaling; the best's weights.
 
-    Not by AUROC: on few validation images it can be highest before anything is learnt.
+    Not by AUROC: on few validation images it can be highest before anything is learnt. `progress` is called after each epoch.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -75,6 +85,7 @@ def fit_resnet(train: Labelled, validation: Labelled, classes: int, seed: int, e
             schedule.step()
         answers, scores = answers_of(validation, classes), logits(model, validation.images)
         nll = answers.loss(scores / fit_temperature(scores, answers)[0])
+        progress()
         stale = 0 if nll < best else stale + 1
         if nll < best:
             best, kept = nll, {name: value.clone() for name, value in model.state_dict().items()}
@@ -82,6 +93,28 @@ def fit_resnet(train: Labelled, validation: Labelled, classes: int, seed: int, e
             break
     model.load_state_dict(kept)
     return model.eval()
+
+
+def resnet_of(dataset_name: str, resolution: int, seed: int = 0, progress: Callable[[], Any] = lambda: None) -> ResNet:
+    """A ResNet of a data set's classes, trained for `QUICK_EPOCHS` on its training split; kept in the cache for the next time.
+
+    `progress` is called after each epoch.
+    """
+    info = load_info(dataset_name)
+    name = f"{info.fingerprint[:16]}-{resolution}-{QUICK_EPOCHS}-{seed}"
+    file = cache_folder("resnet") / f"{name}.safetensors"
+    channels = info.channels - label_channels(info.intensity_map, info.image_channels)
+    if file.is_file():
+        model = ResNet(channels, len(info.class_names), resolution)
+        model.load_state_dict(load_file(file))
+        return model.eval()
+    train, validation = (read_labelled(dataset_name, split, resolution) for split in ("train", "validation"))
+    model = fit_resnet(train, validation, len(info.class_names), seed, QUICK_EPOCHS, progress)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with writing(file):
+        save_file(model.state_dict(), made := file.with_suffix(f".{os.getpid()}.partial"))
+        os.replace(made, file)
+    return model
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Reports: figures of arrays, and one page that holds them."""

@@ -1,0 +1,137 @@
+"""What other recipes left in their folders, as parts of a report's material."""
+
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+from PIL import Image
+
+from medsd.data.dataset import available_splits, load_dataset, load_info
+from medsd.data.metadata import FACT_COLUMNS
+from medsd.data.transforms import column, row_labels
+from medsd.errors import InputError
+from medsd.evaluation.subgroups import subgroup_metrics
+from medsd.inference.parts import answers_in
+from medsd.inference.pipeline import MedSDPipeline
+
+EVIDENCE_SHOWN = 8
+CURVES = ("step", "loss", "validation_loss", "validation_auroc", "learning_rate")
+
+
+@dataclass(frozen=True)
+class ReadScores:
+    """A folder of classify.py, with what the data says of its images."""
+
+    metrics: dict[str, Any]
+    probabilities: np.ndarray
+    """`(N, K)`."""
+    labels: np.ndarray
+    """`(N,)`, or `(N, K)` of findings."""
+    predictions: np.ndarray
+    """`(N,)`, or `(N, K)` of findings."""
+    subgroups: list[dict[str, Any]] = field(default_factory=list)
+    evidence: list[tuple[np.ndarray, str]] = field(default_factory=list)
+
+
+def read_scores(folder: Path, dataset_name: str, class_names: list[str]) -> ReadScores:
+    """Scores of images of a data set; raises InputError for another pipeline's, or another data set's."""
+    table = pyarrow.parquet.read_table(folder / "likelihoods.parquet")
+    missing = [name for name in class_names if f"prob/{name}" not in table.column_names]
+    if missing:
+        raise InputError(
+            f"--scores {folder} are of another pipeline: they know no class {missing[0]}; name this pipeline's, or leave them out"
+        )
+    keys = table["key"].to_pylist()
+    rows = _rows_of(dataset_name, keys, folder)
+    labels, patients = row_labels(rows), column(rows, "patient_id").to_pylist()
+    probabilities = np.stack([table[f"prob/{name}"].to_numpy() for name in class_names], 1)
+    facts = {name: column(rows, name).to_pylist() for name in FACT_COLUMNS if name in rows.column_names}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    predictions = answers_in(table["prediction"].to_pylist(), class_names, labels.ndim == 2)
+    groups = subgroup_metrics(probabilities, labels, class_names, patients, facts, predictions)
+    return ReadScores(metrics, probabilities, labels, predictions, groups, _evidence(folder / "evidence"))
+
+
+def _rows_of(dataset_name: str, keys: list[str], folder: Path) -> Any:
+    """Rows of the split that has these keys, in their order."""
+    for split in reversed(available_splits(dataset_name)):
+        rows = load_dataset(dataset_name, split)
+        place = {key: index for index, key in enumerate(column(rows, "key").to_pylist())}
+        if all(key in place for key in keys):
+            return rows.select([place[key] for key in keys])
+    raise InputError(f"--scores {folder} are of images that {dataset_name} does not have: score it with classify.py")
+
+
+def _evidence(folder: Path) -> list[tuple[np.ndarray, str]]:
+    found = sorted(folder.glob("*.png"))[:EVIDENCE_SHOWN] if folder.is_dir() else []
+    return [(np.asarray(Image.open(file).convert("RGB")), "") for file in found]
+
+
+def run_facts(pipe: MedSDPipeline, run: Path, dataset_name: str) -> dict[str, str]:
+    """What was trained on what: a phrase and its value, without paths and ids."""
+    info, facts = load_info(dataset_name), {}
+    summary = _json(Path(dataset_name) / "summary.json")
+    if summary:
+        facts["Images (train / validation / test)"] = " / ".join(str(summary["images"][split]) for split in ("train", "validation", "test"))
+        facts["Patients"] = " / ".join(str(summary["patients"][split]) for split in ("train", "validation", "test"))
+        facts["Patients told by"] = ", ".join(f"{rule} ({count} images)" for rule, count in summary["patient_rule"].items())
+    facts["Classes"] = ", ".join(pipe.class_names) or "none: unconditional"
+    facts["Images"] = (
+        f"{pipe.data.resolution} px, {pipe.data.image_channels} channel(s), {info.unit}; as {pipe.data.channels} channel(s) in the model"
+    )
+    facts["Codec"] = f"{pipe.codec.kind}, factor {pipe.codec.factor}, {pipe.codec.latent_channels} latent channels"
+    facts["UNet"] = (
+        f"{sum(value.numel() for value in pipe.unet.parameters()) / 1e6:.1f} M parameters, predicts {pipe.scheduler.config.prediction_type}"
+    )
+    return facts | _training_facts(run)
+
+
+def _training_facts(run: Path) -> dict[str, str]:
+    import yaml
+
+    file = run / "config.yaml"
+    config = yaml.safe_load(file.read_text()).get("finetune_unet", {}) if file.is_file() else {}
+    facts = {}
+    if config:
+        batch = config["train_batch_size"] * config["gradient_accumulation_steps"]
+        facts["Training"] = f"{config['max_train_steps']} updates of {batch} images a process, seed {config['seed']}"
+        facts["Mixed precision"] = config["mixed_precision"]
+        pretrained = "a pretrained model" if config["pretrained_model_name_or_path"] else "random weights"
+        facts["Start"] = "adapters of a pretrained model" if config["rank"] else pretrained
+    return facts
+
+
+def read_curves(run: Path) -> list[dict[str, Any]]:
+    """Lines of `metrics.jsonl`; none where there is no such file."""
+    file = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [{name: value for name, value in line.items() if name in CURVES} for line in lines]
+
+
+def read_environment(run: Path) -> dict[str, Any]:
+    """`environment.json`; empty where there is none."""
+    return _json(run / "environment.json")
+
+
+def read_sweep(folder: Path) -> list[dict[str, Any]]:
+    """Rows of `results.csv`, numbers as such; none where there is no such file."""
+    file = folder / "results.csv"
+    if not file.is_file():
+        return []
+    with file.open(newline="") as stream:
+        return [{name: _number(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+
+
+def _number(text: str) -> float | str | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}

@@ -1,0 +1,61 @@
+"""Pictures of a report: images of each class, one on its way out of noise, and samples beside what they may be copies of."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from medsd.data.transforms import unit_batches
+from medsd.evaluation.memorization import Findings
+from medsd.inference.auditing import unit_images
+from medsd.inference.generating import Sampling, draw_batch
+from medsd.inference.judging import Judged, picked
+from medsd.inference.pictures import shown
+from medsd.inference.pipeline import MedSDPipeline
+from medsd.models.codec import PixelCodec, reconstruct
+
+SHOWN = 6
+"""Images of each class."""
+FRAMES = 8
+PAIRS = 16
+"""Flagged samples at most."""
+FEWEST_PAIRS = 4
+"""Samples that are shown also where fewer are flagged."""
+
+
+def class_grids(pipe: MedSDPipeline, rows: Any, labels: np.ndarray, judged: Judged) -> dict[str, np.ndarray]:
+    """`real`, `reconstructed` (with an autoencoder) and `generated` images of each class, `(K, n, H, W[, 3])` uint8.
+
+    `rows` with class indices `labels` `(N,)`. A class of which nothing was generated is black.
+    """
+    drawn = np.unique(judged.labels)
+    few = min(SHOWN, *(np.bincount(some)[drawn].min() for some in (labels, judged.labels)))
+    real, generated = (np.concatenate([np.flatnonzero(some == number)[:few] for number in drawn]) for some in (labels, judged.labels))
+    images = {"real": picked(unit_images(pipe, rows)(), real), "generated": picked(judged.batches(), generated)}
+    if not isinstance(pipe.codec, PixelCodec):
+        images["reconstructed"] = list(reconstruct(pipe.codec, torch.stack(images["real"]), pipe.device))
+    return {kind: _grid([shown(image) for image in some], drawn, len(judged.class_names)) for kind, some in images.items()}
+
+
+def _grid(views: list[np.ndarray], drawn: np.ndarray, classes: int) -> np.ndarray:
+    """Views of the `drawn` classes, as many of each, in the rows of all."""
+    sheet = np.zeros((classes, len(views) // len(drawn), *views[0].shape), np.uint8)
+    sheet[drawn] = np.stack(views).reshape(len(drawn), *sheet.shape[1:])
+    return sheet
+
+
+def denoising_strips(pipe: MedSDPipeline, judged: Judged, sampling: Sampling) -> np.ndarray:
+    """The first image of each class, `(K, frames, H, W[, 3])` uint8 from noise on."""
+    films = [draw_batch(pipe, name, [0], sampling, filmed=1).frames[0] for name in judged.class_names]
+    steps = np.unique(np.linspace(0, len(films[0]) - 1, FRAMES).round().astype(int))
+    return np.stack([[shown(film[step]) for step in steps] for film in films])
+
+
+def suspects(pipe: MedSDPipeline, judged: Judged, found: Findings, training: Any) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """The samples that are most alike training images, those images, `(n, H, W[, 3])` uint8, and what the audit says of each."""
+    worst = np.argsort(found.scores)[: max(FEWEST_PAIRS, min(PAIRS, int(found.flagged.sum())))]
+    samples, near = picked(judged.batches(), worst), training.select(found.nearest[worst])
+    neighbours = [image for batch in unit_batches(near, pipe.data.intensity_map, pipe.data.resolution) for image in batch]
+    verdicts = ["copy" if found.copies[place] else "flagged" if found.flagged[place] else "not flagged" for place in worst]
+    captions = [f"{verdict}, {found.scores[place]:.1f} by {found.space[place]}" for verdict, place in zip(verdicts, worst, strict=True)]
+    return *(np.stack([shown(image) for image in some]) for some in (samples, neighbours)), captions

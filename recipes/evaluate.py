@@ -1,0 +1,387 @@
+"""Judge what a pipeline generates beside real images, audit it for copies of training images, and write the report.
+
+    python recipes/evaluate.py
+    python recipes/evaluate.py --features runs/phantom/data --utility --output_dir runs/phantom/report_resnet
+    python recipes/evaluate.py --config recipes/configs/brain_mri.yaml --num_samples 512
+
+Started again after it was stopped, it goes on from the images that are drawn.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import medsd
+from medsd.commandline import run
+from medsd.config import EvaluateConfig
+from medsd.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from accelerate import Accelerator
+
+    from medsd.evaluation.features import Features
+    from medsd.inference.extractors import Extractor
+    from medsd.inference.generating import Sampling
+    from medsd.inference.judging import Judged
+    from medsd.inference.pipeline import MedSDPipeline
+    from medsd.report.material import Material
+
+BOUND_IMAGES, BOUND_PAIRS = 32, 64
+"""Held-out images whose bits per dimension are bounded, and at how many pairs each."""
+CLASSIFIER_NAMES = ("accuracy", "balanced_accuracy", "auroc", "average_precision", "ece", "nll", "brier", "aurc")
+"""Numbers of classify.py that are missing without its scores."""
+
+
+@dataclass
+class Evaluation:
+    """What one evaluation works on, and what it has found."""
+
+    config: EvaluateConfig
+    pipe: "MedSDPipeline"
+    rows: Any
+    """Real images with a class of the pipeline."""
+    labels: "np.ndarray"
+    """`(N,)` their classes."""
+    generated: "Judged"
+    material: "Material"
+    metrics: dict[str, Any] = field(default_factory=lambda: {"reasons": {}})
+    audit: dict[str, Any] | None = None
+
+    def add(self, found: dict[str, Any]) -> None:
+        """Numbers, and the reasons of those that are None."""
+        reasons = self.metrics["reasons"] | found.get("reasons", {})
+        self.metrics |= found | {"reasons": reasons}
+
+    def leave_out(self, why: str, *names: str) -> None:
+        """Numbers that have no meaning here."""
+        self.add(dict.fromkeys(names) | {"reasons": dict.fromkeys(names, why)})
+
+
+def main(config: EvaluateConfig) -> None:
+    """Into a folder that no other run writes."""
+    from medsd.output import alone_in, check_output
+    from medsd.report.style import require_matplotlib
+    from medsd.runtime import quiet_libraries, start_processes
+
+    quiet_libraries()
+    require_matplotlib()
+    output_dir = Path(config.output_dir)
+    check_output(output_dir, config.overwrite, [config.pipeline, config.dataset_name, config.scores, config.sweep])
+    accelerator = start_processes()
+    with alone_in(output_dir) if accelerator.is_main_process else nullcontext():
+        try:
+            evaluate(config, accelerator)
+        except KeyboardInterrupt:
+            if accelerator.is_main_process:
+                print("the same command goes on from the images that are drawn")
+            raise
+
+
+def evaluate(config: EvaluateConfig, accelerator: "Accelerator") -> None:
+    """Draw, measure, audit, write."""
+    evaluation = begin(config, accelerator)
+    draw(evaluation, accelerator)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
+    steps: tuple[tuple[str, Callable[[Evaluation], None]], ...] = (
+        ("classifier", classifier),
+        ("generated against real", distributions),
+        ("intensities and diversity", intensities),
+        ("codec", reconstructions),
+        ("likelihood", likelihood),
+        ("utility", utility),
+        ("pictures", pictures),
+    )
+    for name, step in steps:
+        before = time.perf_counter()
+        step(evaluation)
+        print(f"{name}: {time.perf_counter() - before:.0f} s")
+    finish(evaluation)
+
+
+def begin(config: EvaluateConfig, accelerator: "Accelerator") -> Evaluation:
+    """Pipeline, real images, and a gallery for as many generated ones as are wanted."""
+    import numpy as np
+
+    from medsd.data.dataset import load_dataset, load_info
+    from medsd.data.transforms import column, stratified
+    from medsd.inference.gallery import Gallery
+    from medsd.inference.generating import describe_scheduler, use_scheduler
+    from medsd.inference.judging import Judged, judged_labels, plan_samples
+    from medsd.inference.pipeline import MedSDPipeline
+    from medsd.report.material import Material
+    from medsd.training.usefulness import check_utility
+
+    pipe = MedSDPipeline.from_pretrained(config.pipeline).to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    use_scheduler(pipe, config.scheduler)
+    check_fit(config, pipe)
+    if config.utility:
+        check_utility(pipe, config.dataset_name)
+    rows = load_dataset(config.dataset_name, config.split)
+    labels = judged_labels(pipe, rows)
+    known = np.flatnonzero(labels >= 0)
+    keys = [column(rows, "key").to_pylist()[place] for place in known]
+    chosen = known[stratified(labels[known], keys, config.max_samples, config.seed)]
+    names = pipe.class_names or [None]
+    plan = plan_samples(labels[chosen], names, config.num_samples, config.batch_size)
+    settings = {name: getattr(config, name) for name in ("num_samples", "num_inference_steps", "guidance_scale", "batch_size", "seed")}
+    settings |= {"pipeline": pipe.fingerprint(), "scheduler": describe_scheduler(pipe), "device": pipe.device.type}
+    settings |= {"medsd": medsd.__version__, "plan": [[batch.class_name, len(batch.indices)] for batch in plan]}
+    gallery = Gallery(Path(config.output_dir), settings)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            gallery.begin()
+    title = f"{Path(config.pipeline).resolve().parent.name}: a diffusion model of {load_info(config.dataset_name).unit} images"
+    material = Material(title=title, class_names=pipe.class_names or ["images"])
+    return Evaluation(config, pipe, rows.select(chosen), labels[chosen], Judged(gallery, plan, names), material)
+
+
+def check_fit(config: EvaluateConfig, pipe: "MedSDPipeline") -> None:
+    """Raise InputError where the data's images are not of the pipeline's kind."""
+    from medsd.data.dataset import load_info
+
+    info, data = load_info(config.dataset_name), pipe.data
+    if (info.unit, info.image_channels) != (data.unit, data.image_channels):
+        ours, theirs = (f"{some.image_channels} channels in {some.unit}" for some in (info, data))
+        raise InputError(f"{config.dataset_name} has {ours}, the pipeline {theirs}: prepare data of the same kind")
+    if info.resolution < data.resolution or info.resolution % data.resolution:
+        raise InputError(f"{config.dataset_name} has {info.resolution} px: prepare it at the model's --resolution {data.resolution}")
+    if pipe.class_names and info.class_names != pipe.class_names:
+        raise InputError(f"{config.dataset_name} has other classes than {config.pipeline}: name the data that it was trained on, or alike")
+
+
+def draw(evaluation: Evaluation, accelerator: "Accelerator") -> None:
+    """This process's share of the generated images."""
+    from tqdm import tqdm
+
+    judged = evaluation.generated
+    accelerator.wait_for_everyone()
+    with tqdm(
+        total=len(judged.labels) // accelerator.num_processes, desc="generating", unit="image", disable=not accelerator.is_main_process
+    ) as bar:
+        judged.draw(evaluation.pipe, sampling_of(evaluation.config), accelerator.process_index, accelerator.num_processes, bar.update)
+
+
+def sampling_of(config: EvaluateConfig) -> "Sampling":
+    """What of the flags says how images are drawn."""
+    from medsd.inference.generating import Sampling
+
+    return Sampling(config.num_inference_steps, config.guidance_scale, config.seed, config.batch_size)
+
+
+def classifier(evaluation: Evaluation) -> None:
+    """The metrics of classify.py, and by subgroup."""
+    from medsd.report.collect import read_scores
+
+    folder = Path(evaluation.config.scores)
+    if not (folder / "metrics.json").is_file():
+        evaluation.leave_out(f"{folder} is not there: score it with classify.py first.", *CLASSIFIER_NAMES)
+        return
+    scores = read_scores(folder, evaluation.config.dataset_name, evaluation.pipe.class_names)
+    evaluation.add(scores.metrics)
+    material = evaluation.material
+    material.probabilities, material.labels, material.predictions = scores.probabilities, scores.labels, scores.predictions
+    material.subgroups, material.evidence = [plotted(row) for row in scores.subgroups], scores.evidence
+    evaluation.metrics["subgroups"] = scores.subgroups
+
+
+def plotted(row: dict[str, Any]) -> dict[str, Any]:
+    """A subgroup's row as the report draws it: by its AUROC."""
+    low, high = row["auroc_ci"] or (None, None)
+    return {"column": row["column"], "value": row["value"], "n": row["n"], "metric": row["auroc"], "low": low, "high": high}
+
+
+def distributions(evaluation: Evaluation) -> None:
+    """FID, KID and their kin, overall and by class, and the audit, which looks at the same features."""
+    import numpy as np
+
+    from medsd.data.dataset import available_splits, load_dataset
+    from medsd.data.transforms import column
+    from medsd.evaluation.distribution import by_class, distribution_metrics
+    from medsd.inference.auditing import unit_images
+    from medsd.inference.extractors import extract
+    from medsd.inference.judging import judged_labels, matching_places
+
+    config, pipe, judged = evaluation.config, evaluation.pipe, evaluation.generated
+    extractor = choose_extractor(config, pipe)
+    real, generated = (extract(extractor, batches) for batches in (unit_images(pipe, evaluation.rows)(), judged.batches()))
+    patients = column(evaluation.rows, "patient_id").to_pylist()
+    other = other_labels = training = None
+    if "train" in available_splits(config.dataset_name):
+        training = load_dataset(config.dataset_name, "train")
+        labels = judged_labels(pipe, training)
+        places = matching_places(labels, np.bincount(judged.labels, minlength=len(judged.class_names)), config.seed)
+        other, other_labels = extract(extractor, unit_images(pipe, training.select(places))()), labels[places]
+    evaluation.add(distribution_metrics(generated, real, patients, other, seed=config.seed))
+    if len(pipe.class_names) > 1:
+        sides = (generated, judged.labels, real, evaluation.labels)
+        evaluation.add(by_class(*sides, patients, pipe.class_names, other, other_labels, seed=config.seed))
+    evaluation.material.features = {"real": (real.values, evaluation.labels), "generated": (generated.values, judged.labels)}
+    audit(evaluation, extractor, generated, training)
+
+
+def choose_extractor(config: EvaluateConfig, pipe: "MedSDPipeline") -> "Extractor":
+    """Of `--features`; a prepared data folder stands for a ResNet that tells its classes."""
+    from tqdm import tqdm
+
+    from medsd.data.dataset import INFO_FILE, load_info
+    from medsd.inference.extractors import ResNetFeatures, load_extractor
+    from medsd.training.discriminative import QUICK_EPOCHS, resnet_of
+
+    if not (Path(config.features) / "data").is_dir() or not (Path(config.features) / INFO_FILE).is_file():
+        return load_extractor(config.features, pipe, pipe.device)
+    info = load_info(config.features)
+    if info.channels != pipe.data.channels or info.resolution < pipe.data.resolution:
+        raise InputError(f"--features {config.features} has other images than {config.pipeline}: prepare data of the same kind")
+    with tqdm(total=QUICK_EPOCHS, desc=f"a ResNet of {config.features}", unit="epoch", leave=False) as bar:
+        judge = resnet_of(config.features, pipe.data.resolution, progress=bar.update)
+    return ResNetFeatures(judge.to(pipe.device), "resnet")
+
+
+def audit(evaluation: Evaluation, extractor: "Extractor", generated: "Features", training: Any) -> None:
+    """Copies of training images among the generated ones, where the data is what the pipeline was trained on."""
+    from medsd.data.dataset import load_info
+    from medsd.data.transforms import column
+    from medsd.inference.auditing import (
+        Seen,
+        audit_record,
+        copies_among,
+        held_out_rows,
+        membership_signal,
+        mirrored,
+        possible_rate,
+        unit_images,
+    )
+    from medsd.inference.extractors import extract
+    from medsd.report.images import suspects
+
+    config, pipe, judged = evaluation.config, evaluation.pipe, evaluation.generated
+    if training is None or load_info(config.dataset_name).fingerprint != pipe.data.fingerprint:
+        print(f"no audit: {config.dataset_name} is not the data that {config.pipeline} was trained on")
+        return
+    held_out = held_out_rows(config.dataset_name)
+    images, others = unit_images(pipe, training), unit_images(pipe, held_out)
+    samples = Seen.of(extractor, judged.batches, features=generated.values)
+    known = Seen.of(extractor, images, column(training, "patient_id").to_pylist())
+    unseen = Seen.of(extractor, others, column(held_out, "patient_id").to_pylist())
+    rate = possible_rate(config.false_positive_rate, len(unseen.features))
+    found = copies_among(samples, known, extract(extractor, mirrored(images)()).values, unseen, rate)
+    keys, told = column(training, "key").to_pylist(), judged.told()
+    evaluation.audit = audit_record(pipe, Path(config.pipeline), found, rate, generated.extractor, keys, told)
+    evaluation.audit |= membership_signal(pipe, training, held_out, config.seed)
+    material = evaluation.material
+    material.audit, material.audit_scores = evaluation.audit, (found.scores, found.held_out_scores, found.threshold)
+    material.audit_pairs = suspects(pipe, judged, found, training)
+
+
+def reconstructions(evaluation: Evaluation) -> None:
+    """What the codec makes of real images."""
+    from medsd.inference.judging import codec_metrics
+    from medsd.models.codec import PixelCodec
+
+    if isinstance(evaluation.pipe.codec, PixelCodec):
+        evaluation.leave_out("Pixels go through no autoencoder: nothing is lost.", "psnr", "ssim", "ms_ssim")
+    else:
+        evaluation.add(codec_metrics(evaluation.pipe, evaluation.rows))
+
+
+def likelihood(evaluation: Evaluation) -> None:
+    """Bits per dimension of real images, where the model has a likelihood of pixels."""
+    from medsd.data.transforms import column, recorded_ranges, row_labels
+    from medsd.evaluation.resampling import mean_with_interval
+    from medsd.inference.auditing import own_prompts
+
+    pipe, rows = evaluation.pipe, evaluation.rows
+    rows = rows.select(range(0, len(rows), max(1, len(rows) // BOUND_IMAGES)))
+    try:
+        bits = pipe.bits_per_dimension(list(rows["image"]), own_prompts(pipe, row_labels(rows)), recorded_ranges(rows), BOUND_PAIRS)
+    except InputError as error:
+        evaluation.leave_out(f"{error}.", "bits_per_dim")
+        return
+    evaluation.add(mean_with_interval("bits_per_dim", bits, column(rows, "patient_id").to_pylist()))
+
+
+def intensities(evaluation: Evaluation) -> None:
+    """Histograms in the source's unit, and how unlike each other the images of a class are."""
+    from medsd.inference.judging import compare_pixels
+
+    pipe, judged = evaluation.pipe, evaluation.generated
+    found, histograms = compare_pixels(pipe, evaluation.rows, evaluation.labels, judged, evaluation.config.seed)
+    evaluation.add(found)
+    shares = (histograms[kind].shares for kind in ("real", "generated"))
+    evaluation.material.histograms = (histograms["real"].centres, *shares, pipe.data.unit)
+
+
+def utility(evaluation: Evaluation) -> None:
+    """What classifiers, and a segmentation, learn from the generated images."""
+    from tqdm import tqdm
+
+    from medsd.training.usefulness import utility_of
+
+    config = evaluation.config
+    if not config.utility:
+        evaluation.leave_out("Not asked for: add --utility.", "agreement", "utility/synthetic/auroc", "utility/real/auroc")
+        return
+    with tqdm(desc="learning from generated and real images", unit="epoch") as bar:
+        evaluation.add(utility_of(evaluation.pipe, config.dataset_name, evaluation.generated, config.seed, bar.update))
+
+
+def pictures(evaluation: Evaluation) -> None:
+    """Images of each class, real, reconstructed and generated, and one on its way out of noise."""
+    from medsd.report.images import class_grids, denoising_strips
+
+    pipe, judged, material = evaluation.pipe, evaluation.generated, evaluation.material
+    material.grids = class_grids(pipe, evaluation.rows, evaluation.labels, judged)
+    material.denoising = denoising_strips(pipe, judged, sampling_of(evaluation.config))
+
+
+def finish(evaluation: Evaluation) -> None:
+    """Write the folder of the report, and the audit into the pipeline's folder too; say what matters."""
+    import shutil
+
+    from medsd.output import replacing, write_text
+    from medsd.report.collect import read_curves, read_environment, read_sweep, run_facts
+    from medsd.report.page import write_report
+
+    config, material, run_folder = evaluation.config, evaluation.material, Path(evaluation.config.pipeline)
+    evaluation.metrics |= {"sampling": {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}}
+    material.metrics = evaluation.metrics
+    material.facts = run_facts(evaluation.pipe, run_folder, config.dataset_name)
+    material.curves, material.environment = read_curves(run_folder), read_environment(run_folder)
+    material.sweep = read_sweep(Path(config.sweep))
+    with replacing(Path(config.output_dir)) as made:
+        write_report(made, material)
+        (made / "metrics.json").write_text(json.dumps(evaluation.metrics, indent=2) + "\n")
+        if evaluation.audit is not None:
+            (made / "audit.json").write_text(json.dumps(evaluation.audit, indent=2) + "\n")
+    if evaluation.audit is not None and run_folder.is_dir():
+        write_text(run_folder / "audit.json", json.dumps(evaluation.audit, indent=2) + "\n")
+    shutil.rmtree(evaluation.generated.gallery.work, ignore_errors=True)
+    say(evaluation)
+
+
+def say(evaluation: Evaluation) -> None:
+    """The figures that matter."""
+    metrics, found = evaluation.metrics, evaluation.audit
+    print(f"{metrics['n_generated']} generated against {metrics['n_real']} real images, in features of {metrics['extractor']}")
+    for name in ("fid", "kid", "precision", "recall", "density", "coverage", "bits_per_dim"):
+        value, interval = metrics.get(name), metrics.get(f"{name}_ci")
+        floor = metrics.get(f"{name}_floor")
+        shown = "" if interval is None else f"  [{interval[0]:.4f}, {interval[1]:.4f}]"
+        beside = "" if floor is None else f"  (other real images: {floor:.4f})"
+        print(f"{name:<13} " + (f"{value:.4f}{shown}{beside}" if value is not None else f"none: {metrics['reasons'].get(name)}"))
+    if found is not None:
+        rate = f"{found['flagged']} of {found['samples']} flagged, {found['false_positive_rate']:.1%} expected of images that are no copies"
+        print(f"audit {found['verdict']}: {rate}; {found['copies']} copies; membership AUROC {found['membership_auroc']:.3f}")
+    print(f"report in {Path(evaluation.config.output_dir) / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run(main, EvaluateConfig)

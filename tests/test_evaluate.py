@@ -1,0 +1,130 @@
+"""`recipes/evaluate.py` as a user types it: numbers, audit and report, resumed, refused."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from medsd import MedSDPipeline
+from medsd.config import ClassifyConfig, EvaluateConfig
+from medsd.data.dataset import load_info
+from medsd.errors import InputError
+from medsd.inference.folder import pipeline_sha256
+from medsd.training.fitting import adopt
+from recipes import classify, evaluate
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def run(phantom_data, tmp_path_factory):
+    """An untrained pipeline of the phantom, scored."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(0)
+    info = load_info(phantom_data)
+    pipe = MedSDPipeline.from_preset("tiny", info, pixel_std=0.5)
+    adopt(pipe, info)
+    pipe.save_pretrained(folder / "unet")
+    classify.main(
+        ClassifyConfig(
+            pipeline=str(folder / "unet"), dataset_name=str(phantom_data), output_dir=str(folder / "scores"), max_pairs=2, calibrate="none"
+        )
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(run, phantom_data):
+    return EvaluateConfig(
+        pipeline=str(run / "unet"),
+        dataset_name=str(phantom_data),
+        output_dir=str(run / "report"),
+        scores=str(run / "scores"),
+        sweep=str(run / "sweep"),
+        num_samples=48,
+        num_inference_steps=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(config, run):
+    evaluate.main(config)
+    return run / "report"
+
+
+def test_numbers_of_all_parts(report):
+    metrics = json.loads((report / "metrics.json").read_text())
+    for name in ("fid", "kid", "precision", "recall", "density", "coverage", "auroc", "bits_per_dim", "similarity_of_generated"):
+        low, high = metrics[f"{name}_ci"]
+        assert low <= metrics[name] <= high or name in {"kid"}, name
+    assert metrics["fid"] > 3 * metrics["fid_floor"]  # An untrained model draws nothing like a head.
+    assert metrics["n_generated"] == 48 and metrics["extractor"].startswith("unet sha256:")
+    assert metrics["psnr"] is None and "no autoencoder" in metrics["reasons"]["psnr"]
+    assert metrics["fid/epidural"] > 0 and metrics["agreement"] is None
+    assert all(name in metrics["reasons"] for name, value in metrics.items() if value is None and name != "calibration")
+
+
+def test_the_audit_is_of_these_weights_and_lies_in_the_pipeline_too(report, run):
+    audit = json.loads((report / "audit.json").read_text())
+    assert audit["weights_sha256"] == pipeline_sha256(run / "unet") and audit["verdict"] == "passed" and audit["copies"] == 0
+    assert json.loads((run / "unet/audit.json").read_text()) == audit
+
+
+def test_the_report_names_no_path(report, run, phantom_data):
+    page = (report / "report.html").read_text()
+    assert str(run) not in page and str(phantom_data) not in page
+    assert all(heading in page for heading in ("Numbers", "Images", "Classifier", "Copies of training images"))
+    assert {"generated.png", "real.png", "roc.png", "audit_distances.png"} <= {file.name for file in (report / "figures").iterdir()}
+
+
+def test_a_stopped_run_goes_on_from_what_is_drawn(config, run, monkeypatch):
+    monkeypatch.setattr(evaluate, "classifier", lambda evaluation: (_ for _ in ()).throw(KeyboardInterrupt))
+    again = replace(config, output_dir=str(run / "again"))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(again)
+    assert not (run / "again").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("medsd.inference.judging.draw_batch", None)  # Nothing is drawn twice.
+    evaluate.main(again)
+    first, second = (json.loads((run / name / "metrics.json").read_text()) for name in ("report", "again"))
+    assert first["fid"] == second["fid"] and not list(run.glob(".again*"))
+
+
+def test_without_scores_there_is_a_report_all_the_same(config, run):
+    evaluate.main(replace(config, output_dir=str(run / "unscored"), scores=str(run / "nothing"), num_samples=12))
+    metrics = json.loads((run / "unscored/metrics.json").read_text())
+    assert metrics["auroc"] is None and "classify.py" in metrics["reasons"]["auroc"]
+
+
+@pytest.mark.slow
+def test_what_others_learn_from_the_images(config, run):
+    evaluate.main(replace(config, output_dir=str(run / "utility"), utility=True, features=config.dataset_name))
+    metrics = json.loads((run / "utility/metrics.json").read_text())
+    assert metrics["extractor"].startswith("resnet sha256:")
+    assert metrics["agreement"] <= metrics["agreement_of_real"]
+    assert 0 <= metrics["utility/synthetic/auroc"] <= 1 and metrics["utility/real/images"] == 48
+
+
+def test_what_cannot_be_judged_is_refused(config, run, tmp_path):
+    with pytest.raises(InputError, match="not empty"):
+        evaluate.main(replace(config, scores=str(run / "nothing")) if (run / "report").exists() else config)
+    with pytest.raises(InputError, match="--features"):
+        evaluate.main(replace(config, output_dir=str(tmp_path / "a"), features="no/such/thing"))
+    other = tmp_path / "data"
+    shutil.copytree(config.dataset_name, other)
+    info = json.loads((other / "medsd.json").read_text())
+    (other / "medsd.json").write_text(json.dumps(info | {"unit": "grey value"}))
+    with pytest.raises(InputError, match="same kind"):
+        evaluate.main(replace(config, output_dir=str(tmp_path / "b"), dataset_name=str(other)))
+
+
+def test_other_data_is_judged_without_an_audit(config, run, tmp_path, capsys):
+    other = tmp_path / "data"
+    shutil.copytree(config.dataset_name, other)
+    info = json.loads((other / "medsd.json").read_text())
+    (other / "medsd.json").write_text(json.dumps(info | {"fingerprint": "0" * 64}))
+    small = replace(config, output_dir=str(tmp_path / "out"), dataset_name=str(other), scores=str(run / "nothing"), num_samples=12)
+    evaluate.main(small)
+    assert "no audit" in capsys.readouterr().out and not (tmp_path / "out/audit.json").exists()
