@@ -206,8 +206,9 @@ def sweep(config: SweepConfig, cells: Sequence[Cell]) -> None:
 
     waiting = [cell for cell in cells if not cell.is_done()]
     places = seats(config.parallel, max(1, len(waiting)))
-    print(f"{len(waiting)} cells to do, {len(places)} at once, {places[0]} each")
-    with tqdm(total=sum(len(cell.steps) for cell in waiting), desc="sweep", unit="step", smoothing=0) as bar:
+    if waiting:
+        print(f"{len(waiting)} cells to do, {len(places)} at once, {places[0]} each")
+    with tqdm(total=sum(len(cell.steps) for cell in waiting), desc="sweep", unit="step", smoothing=0, disable=not waiting) as bar:
         side_by_side([partial(work, cell, bar) for cell in waiting], places, lambda: write_results(config, results(config, cells)))
     write_results(config, results(config, cells))
 
@@ -280,7 +281,7 @@ def say(config: SweepConfig, rows: Sequence[dict[str, Any]]) -> None:
     from medsd.report.sweep import summary, with_metric
 
     print(*summary(rows, config.metrics), sep="\n")
-    print(f"means of {len(config.seeds)} seeds, with 95 % intervals of seeds and patients together")
+    print(f"means of {len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}, with 95 % intervals of seeds and patients together")
     if missing := [metric for metric in config.metrics if not with_metric(rows, metric)]:
         print(f"note: no cell has {', '.join(missing)}; results.csv says what there is")
     print(f"table in {Path(config.output_dir) / 'results.csv'}, figure in {Path(config.output_dir) / 'data_size.png'}")

@@ -38,7 +38,7 @@ QUICK = {
         "report_to": "none",
         "lr_warmup_steps": 2,
     },
-    "classify": {"mode": "full", "max_pairs": 2, "max_samples": 24},
+    "classify": {"mode": "full", "max_pairs": 2, "max_samples": 24, "calibrate": "none"},
     "evaluate": {"num_samples": 24, "num_inference_steps": 2},
 }
 TRAIN = {"max_train_steps": 2, "train_batch_size": 4, "validation_steps": 0, "logging_steps": 1, "report_to": "none"}
@@ -96,7 +96,7 @@ def test_what_is_done_is_not_done_again(swept, capsys):
     assert {path: path.stat().st_mtime_ns for path in (folder / "tiny-0.5-1").rglob("*")} == before
     said = capsys.readouterr().out
     assert "1 of 1 cells are done already" in said and len(table(folder)) == 1
-    assert f"tiny                {table(folder)[0]['patients']:>2}  " in said
+    assert ["tiny", table(folder)[0]["patients"]] in [line.split()[:2] for line in said.splitlines()]
 
 
 def test_a_cell_of_other_settings_is_named_and_stays(swept, phantom_data, tmp_path):

@@ -33,7 +33,8 @@ SMALLEST = 1e-6
 """Distances below it count as it."""
 COPY_DEVIATIONS = 10.0
 """Below the median of held-out queries."""
-BLOCK = 512
+BLOCK = 256
+"""Queries, and images that they are compared with, at a time."""
 
 
 @dataclass(frozen=True)
@@ -149,15 +150,13 @@ def pixel_neighbours(
     """
     filters = whitening(training)
     small, large, other = (reduce(images, filters) for images in (queries, training, held_out))
-    versions = list(_versions(small))
-    to_training = [_most_alike(versions, unit_rows(part)) for part in large.split(BLOCK)]
-    best = torch.cat([found.max(1, keepdim=True).values for found in to_training], 1)
-    places = torch.cat([found.argmax(1, keepdim=True) + number * BLOCK for number, found in enumerate(to_training)], 1)
-    nearest = places.gather(1, best.argmax(1, keepdim=True))[:, 0]
-    alike = torch.cat([_most_alike(versions, unit_rows(part)) for part in other.split(BLOCK)], 1)
-    same = _same_patient(query_patients, held_out_patients)
-    distances = 1 - (alike if same is None else alike.masked_fill(torch.from_numpy(same), -1.0)).max(1).values
-    return Neighbours(_numpy(1 - best.max(1).values), _numpy(distances), nearest.numpy())
+    parts = []
+    for start in range(0, len(small), BLOCK):
+        versions = list(_versions(small[start : start + BLOCK]))
+        excluded = _same_patient(query_patients, held_out_patients, slice(start, start + BLOCK))
+        parts.append((*_most_alike(versions, large), _most_alike(versions, other, excluded)[0]))
+    to_training, places, to_held_out = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Neighbours(_numpy(1 - to_training), _numpy(1 - to_held_out), places.numpy())
 
 
 def feature_neighbours(
@@ -172,13 +171,18 @@ def feature_neighbours(
     `training` and `held_out` may hold several versions of the same images, such as mirror images, of which the nearest counts.
     """
     scale = training[0].std(0) + 1e-12
-    reached = [_distances(queries / scale, version / scale) for version in training]
-    to_training = np.min(reached, axis=0)
-    to_held_out = np.min([_distances(queries / scale, version / scale) for version in held_out], axis=0)
-    same = _same_patient(query_patients, held_out_patients)
-    if same is not None:
-        to_held_out[same] = np.inf
-    return Neighbours(to_training.min(1), to_held_out.min(1), to_training.argmin(1))
+    parts = []
+    for start in range(0, len(queries), BLOCK):
+        some = queries[start : start + BLOCK] / scale
+        excluded = _same_patient(query_patients, held_out_patients, slice(start, start + BLOCK))
+        parts.append(
+            (
+                *_nearest(some, [version / scale for version in training]),
+                _nearest(some, [version / scale for version in held_out], excluded)[0],
+            )
+        )
+    to_training, places, to_held_out = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Neighbours(to_training, to_held_out, places)
 
 
 def whitening(training: torch.Tensor) -> torch.Tensor:
@@ -209,21 +213,45 @@ def _versions(images: torch.Tensor) -> Iterator[torch.Tensor]:
                 yield unit_rows(torch.roll(mirrored, (down, right), (2, 3)))
 
 
-def _most_alike(versions: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    """`(Q, M)` best correlation of any version of each query with each row."""
-    best = versions[0] @ rows.T
-    for version in versions[1:]:
-        torch.maximum(best, version @ rows.T, out=best)
-    return best
+def _most_alike(
+    versions: Sequence[torch.Tensor], images: torch.Tensor, excluded: NDArray | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best correlation `(Q,)` of any version of each query with any of M images, and its place `(Q,)`; without `excluded` `(Q, M)`."""
+    best, places = torch.full((len(versions[0]),), -1.0), torch.zeros(len(versions[0]), dtype=torch.long)
+    for start in range(0, len(images), BLOCK):
+        rows = unit_rows(images[start : start + BLOCK])
+        alike = versions[0] @ rows.T
+        for version in versions[1:]:
+            torch.maximum(alike, version @ rows.T, out=alike)
+        if excluded is not None:
+            alike[torch.from_numpy(excluded[:, start : start + BLOCK])] = -1.0
+        found = alike.max(1)
+        places = torch.where(found.values > best, found.indices + start, places)
+        best = torch.maximum(best, found.values)
+    return best, places
 
 
-def _distances(first: Floats, second: Floats) -> Floats:
-    squares = (first**2).sum(1)[:, None] + (second**2).sum(1) - 2 * first @ second.T
-    return np.sqrt(np.maximum(squares, 0))
+def _nearest(queries: Floats, versions: Sequence[Floats], excluded: NDArray | None = None) -> tuple[Floats, NDArray]:
+    """Distance `(Q,)` to the nearest of M images in any version of them, and its place `(Q,)`; without `excluded` `(Q, M)`."""
+    best, places = np.full(len(queries), np.inf), np.zeros(len(queries), int)
+    for start in range(0, len(versions[0]), BLOCK):
+        squares = np.min([_squares(queries, version[start : start + BLOCK]) for version in versions], axis=0)
+        if excluded is not None:
+            squares[excluded[:, start : start + BLOCK]] = np.inf
+        nearest = squares.argmin(1)
+        found = squares[np.arange(len(queries)), nearest]
+        places = np.where(found < best, nearest + start, places)
+        best = np.minimum(best, found)
+    return np.sqrt(best), places
 
 
-def _same_patient(queries: Sequence[str] | None, held_out: Sequence[str] | None) -> NDArray | None:
-    return None if queries is None else np.asarray(queries)[:, None] == np.asarray(held_out)
+def _squares(first: Floats, second: Floats) -> Floats:
+    return np.maximum((first**2).sum(1)[:, None] + (second**2).sum(1) - 2 * first @ second.T, 0)
+
+
+def _same_patient(queries: Sequence[str] | None, held_out: Sequence[str] | None, chosen: slice) -> NDArray | None:
+    """`(q, M)` for some of the queries."""
+    return None if queries is None else np.asarray(queries[chosen])[:, None] == np.asarray(held_out)
 
 
 def _deviations(samples: Floats, held_out: Floats, rate: float) -> tuple[Floats, Floats]:
