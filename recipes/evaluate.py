@@ -233,14 +233,14 @@ def choose_extractor(config: EvaluateConfig, pipe: "MedSDPipeline") -> "Extracto
 
     from medsd.data.dataset import INFO_FILE, load_info
     from medsd.inference.extractors import ResNetFeatures, load_extractor
-    from medsd.training.discriminative import QUICK_EPOCHS, resnet_of
+    from medsd.training.discriminative import resnet_of
 
     if not (Path(config.features) / "data").is_dir() or not (Path(config.features) / INFO_FILE).is_file():
         return load_extractor(config.features, pipe, pipe.device)
     info = load_info(config.features)
     if info.channels != pipe.data.channels or info.resolution < pipe.data.resolution:
         raise InputError(f"--features {config.features} has other images than {config.pipeline}: prepare data of the same kind")
-    with tqdm(total=QUICK_EPOCHS, desc=f"a ResNet of {config.features}", unit="epoch", leave=False) as bar:
+    with tqdm(desc=f"a ResNet of {config.features}", unit="epoch", leave=False) as bar:
         judge = resnet_of(config.features, pipe.data.resolution, progress=bar.update)
     return ResNetFeatures(judge.to(pipe.device), "resnet")
 

@@ -141,7 +141,7 @@ def judged_of(folder, data, total):
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(discriminative, "QUICK_EPOCHS", 1)
-    monkeypatch.setattr(usefulness, "QUICK_EPOCHS", 1)
+    monkeypatch.setattr(discriminative, "QUICK_UPDATES", 1)
     monkeypatch.setattr(discriminative, "cache_folder", lambda kind: tmp_path / kind)
 
 

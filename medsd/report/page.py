@@ -19,7 +19,7 @@ from medsd.report import charts
 from medsd.report.charts import Chart
 from medsd.report.material import Material
 from medsd.report.style import png, require_matplotlib, theme
-from medsd.report.tables import Notes, classes_table, facts_table, numbers_table
+from medsd.report.tables import Notes, classes_table, facts_table, numbers_table, utility_table
 
 __all__ = ["Material", "write_report"]
 
@@ -114,7 +114,8 @@ def _sections(material: Material) -> tuple[list[tuple[str, str, str]], dict[str,
 def _numbers(material: Material, notes: Notes) -> str:
     """All of `metrics.json` that is a number, of the whole and by class."""
     whole = numbers_table("All images", material.metrics, notes)
-    return whole + classes_table("By class", material.metrics, material.class_names, notes)
+    classes = classes_table("By class", material.metrics, material.class_names, notes)
+    return whole + classes + utility_table("Tested on real images, learnt from", material.metrics, notes)
 
 
 def _figure(chart: Chart) -> tuple[bytes, str]:

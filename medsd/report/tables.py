@@ -38,6 +38,12 @@ NAMES = {
     "ssim": ("SSIM", "of reconstructions; 1 is perfect"),
     "ms_ssim": ("MS-SSIM", "of reconstructions; 1 is perfect"),
     "bits_per_dim": ("Bits per dimension", "upper bound of what an image takes, for each of its numbers"),
+    "agreement": ("Agreement", "share of generated images whose class a classifier of real images names"),
+    "agreement_of_real": ("Agreement of real images", "the same share of real test images"),
+    "similarity_of_generated": ("Similarity of generated images", "MS-SSIM of pairs within a class; higher is less diverse"),
+    "similarity_of_real": ("Similarity of real images", "MS-SSIM of pairs of patients within a class"),
+    "intensity_distance": ("Distance of intensities", "how far pixels would have to move to have the real histogram"),
+    "intensity_unit": ("Unit of intensities", ""),
     "verdict": ("Verdict", "failed where an image is a copy, or more are flagged than chance brings"),
     "copies": ("Copies", "generated images that are a training image"),
     "samples": ("Generated images looked at", ""),
@@ -49,6 +55,8 @@ NAMES = {
 }
 """A number's name in `metrics.json` -> how the page calls it, and what it says."""
 DASH = "&ndash;"
+KINDS = ("synthetic", "real", "both")
+"""Of images that others learn from."""
 
 
 class Notes:
@@ -126,13 +134,26 @@ def classes_table(caption: str, values: Mapping[str, Any], class_names: Sequence
     """`NAME/CLASS` of `metrics.json`: a line for each class, a column for each name, intervals in brackets. Empty without any."""
     reasons = _reasons(values)
     found = [(stem, own) for stem, _, own in (name.partition("/") for name in values if _shown(name, values[name])) if own]
-    stems = list(dict.fromkeys(stem for stem, _ in found))
+    stems = list(dict.fromkeys(stem for stem, own in found if own in class_names))
     stems = [name for name in NAMES if name in stems] + [name for name in stems if name not in NAMES]
     rows = []
     for name in (name for name in class_names if name in {own for _, own in found}):
         cells = [_of_class(values, reasons, f"{stem}/{name}", notes) for stem in stems]
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     return table(caption, ["class", *map(called, stems)], rows)
+
+
+def utility_table(caption: str, values: Mapping[str, Any], notes: Notes) -> str:
+    """`utility/KIND/NAME` of `metrics.json`: a line for each kind of training images, a column for each name."""
+    turned = {_turned(name): value for name, value in values.items() if name.startswith("utility/")}
+    turned["reasons"] = {_turned(name): reason for name, reason in _reasons(values).items() if name.startswith("utility/")}
+    return classes_table(caption, turned, KINDS, notes)
+
+
+def _turned(name: str) -> str:
+    """`utility/KIND/NAME_ci` -> `NAME/KIND_ci`, as if the kind were a class."""
+    _, kind, measure = name.removesuffix("_ci").split("/", 2)
+    return f"{measure.replace('/', ' ')}/{kind}" + "_ci" * name.endswith("_ci")
 
 
 def _of_class(values: Mapping[str, Any], reasons: Mapping[str, str], name: str, notes: Notes) -> str:

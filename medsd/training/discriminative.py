@@ -20,8 +20,8 @@ from medsd.output import writing
 from medsd.runtime import cache_folder
 
 EPOCHS, PATIENCE, BATCH = 60, 20, 32
-QUICK_EPOCHS = 10
-"""Enough for features that tell the classes."""
+QUICK_EPOCHS, QUICK_UPDATES = 10, 600
+"""Enough for features that tell the classes: at least so many epochs, and updates."""
 SCORED_AT_ONCE = 128
 
 
@@ -95,13 +95,18 @@ def fit_resnet(
     return model.eval()
 
 
+def quick_epochs(images: int) -> int:
+    """Epochs over so many images, few for many and `EPOCHS` at most for few."""
+    return min(EPOCHS, max(QUICK_EPOCHS, -(-QUICK_UPDATES * BATCH // max(images, 1))))
+
+
 def resnet_of(dataset_name: str, resolution: int, seed: int = 0, progress: Callable[[], Any] = lambda: None) -> ResNet:
-    """A ResNet of a data set's classes, trained for `QUICK_EPOCHS` on its training split; kept in the cache for the next time.
+    """A ResNet of a data set's classes, trained for `quick_epochs` on its training split; kept in the cache for the next time.
 
     `progress` is called after each epoch.
     """
     info = load_info(dataset_name)
-    name = f"{info.fingerprint[:16]}-{resolution}-{QUICK_EPOCHS}-{seed}"
+    name = f"{info.fingerprint[:16]}-{resolution}-{QUICK_EPOCHS}-{QUICK_UPDATES}-{seed}"
     file = cache_folder("resnet") / f"{name}.safetensors"
     channels = info.channels - label_channels(info.intensity_map, info.image_channels)
     if file.is_file():
@@ -109,7 +114,7 @@ def resnet_of(dataset_name: str, resolution: int, seed: int = 0, progress: Calla
         model.load_state_dict(load_file(file))
         return model.eval()
     train, validation = (read_labelled(dataset_name, split, resolution) for split in ("train", "validation"))
-    model = fit_resnet(train, validation, len(info.class_names), seed, QUICK_EPOCHS, progress)
+    model = fit_resnet(train, validation, len(info.class_names), seed, quick_epochs(len(train)), progress)
     file.parent.mkdir(parents=True, exist_ok=True)
     with writing(file):
         save_file(model.state_dict(), made := file.with_suffix(f".{os.getpid()}.partial"))

@@ -14,7 +14,7 @@ from medsd.evaluation.resampling import together
 from medsd.inference.auditing import unit_images
 from medsd.inference.judging import Judged, judged_labels, matching_places
 from medsd.inference.pipeline import MedSDPipeline
-from medsd.training.discriminative import QUICK_EPOCHS, read_labelled, resnet_of
+from medsd.training.discriminative import read_labelled, resnet_of
 from medsd.training.segmentation import Pairs, check_segmentation, mask_labels, segmentation_utility
 from medsd.training.utility import agreement, as_labelled, classifier_utility
 
@@ -49,7 +49,7 @@ def utility_of(
     found = [
         agreement("agreement", judge, synthetic.images, synthetic.labels, names),
         agreement("agreement_of_real", judge, test.images, test.labels, names, test.patients.tolist()),
-        classifier_utility(synthetic, real[matched], validation, test, names, seed, QUICK_EPOCHS, progress),
+        classifier_utility(synthetic, real[matched], validation, test, names, seed, progress=progress),
     ]
     if label_channels(data.intensity_map, data.image_channels):
         found.append(_segmentation(pipe, dataset_name, images, wanted, seed, progress))

@@ -15,7 +15,7 @@ from medsd.evaluation.classification import classification_metrics
 from medsd.evaluation.resampling import together
 from medsd.evaluation.shares import agreement as share_of_answers
 from medsd.models.resnet import ResNet
-from medsd.training.discriminative import EPOCHS, Labelled, fit_resnet, logits, scaled
+from medsd.training.discriminative import Labelled, fit_resnet, logits, quick_epochs, scaled
 
 MEASURES = ("auroc", "accuracy", "balanced_accuracy")
 
@@ -40,14 +40,14 @@ def classifier_utility(
     test: Labelled,
     class_names: Sequence[str],
     seed: int = 0,
-    epochs: int = EPOCHS,
+    epochs: int | None = None,
     progress: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """`utility/KIND/NAME` and its `_ci` by patient, for each of `MEASURES` and the KINDs `synthetic`, `real`, `both`; and `reasons`.
 
     `real` are training images, as many of each class as `synthetic` has, or as there are: see `medsd.inference.judging.matching_places`.
-    `utility/KIND/images` is what each learns from. All learn for as many epochs, so `both` takes more updates. Raises InputError where a
-    split has no image; `progress` is called after each epoch.
+    `utility/KIND/images` is what each learns from. `epochs` default to `quick_epochs`, about as many updates for all.
+    Raises InputError where a split has no image; `progress` is called after each epoch.
     """
     for name, part in (("generated", synthetic), ("training", real), ("validation", validation), ("test", test)):
         if not len(part):
@@ -55,7 +55,7 @@ def classifier_utility(
     kinds = {"synthetic": synthetic, "real": real, "both": joined(synthetic, real)}
     found = []
     for kind, train in kinds.items():
-        model = fit_resnet(train, validation, len(class_names), seed, epochs, progress)
+        model = fit_resnet(train, validation, len(class_names), seed, epochs or quick_epochs(len(train)), progress)
         metrics = classification_metrics(scaled(model, validation, test.images), test.labels, class_names, test.patients)
         names = [*MEASURES, *(f"{name}_ci" for name in MEASURES)]
         reasons = {name: metrics["reasons"][name] for name in names if name in metrics["reasons"]}
