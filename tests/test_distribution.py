@@ -155,6 +155,13 @@ def test_too_few_images_have_a_reason():
     assert found["fid"] is None and "4 generated" in found["reasons"]["fid"]
 
 
+def test_one_patient_leaves_no_interval_but_the_numbers():
+    real, generated = two_sets(n=30, m=30)
+    found = distribution_metrics(features_of(generated), features_of(real), ["one"] * 30, features_of(real))
+    assert found["fid"] > 0 and found["fid_ci"] is None and found["recall_ci"] is None and found["precision_ci"] is not None
+    assert all(name in found["reasons"] for name, value in found.items() if value is None)
+
+
 def test_features_of_two_extractors_are_not_compared():
     real, generated = two_sets()
     with pytest.raises(InputError, match="cannot be compared"):

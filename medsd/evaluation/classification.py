@@ -283,9 +283,9 @@ def _row_blocks(rows: int, columns: int) -> Iterator[int]:
 
 
 def interval(values: Floats) -> list[float] | None:
-    """The 95 % percentile interval of `values` `(1 + R,)`, of which the first is the statistic itself."""
+    """The 95 % percentile interval of `values` `(1 + R,)`, of which the first is the statistic itself; None without resamples."""
     resampled = values[1:][np.isfinite(values[1:])]
-    if np.isnan(values[0]) or len(resampled) < DEFINED_SHARE * (len(values) - 1):
+    if np.isnan(values[0]) or not len(resampled) or len(resampled) < DEFINED_SHARE * (len(values) - 1):
         return None
     return [float(bound) for bound in np.percentile(resampled, [2.5, 97.5])]
 

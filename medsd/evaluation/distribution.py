@@ -50,7 +50,7 @@ def distribution_metrics(
     Raises InputError for features of different extractors.
     """
     check_same(generated, real, *([other] if other else []))
-    found: dict[str, Any] = {"extractor": real.extractor, "n_real": len(real), "n_generated": len(generated)}
+    found: dict[str, Any] = {"extractor": real.extractor, "n_real": len(real), "n_generated": len(generated), "reasons": {}}
     missing = [*NAMES, *(f"{name}_ci" for name in NAMES), "fid_floor", "kid_floor", "kid_floor_ci"]
     if min(len(generated), len(real)) <= NEIGHBOURS:
         why = f"{len(generated)} generated and {len(real)} real images: more than {NEIGHBOURS} of each are needed."
@@ -65,10 +65,15 @@ def distribution_metrics(
     if other is None or len(other) <= NEIGHBOURS:
         why = f"{len(other) if other else 0} other real images to compare with: more than {NEIGHBOURS} are needed."
         floors = ("fid_floor", "kid_floor", "kid_floor_ci")
-        return found | dict.fromkeys(floors) | {"reasons": dict.fromkeys(floors, why)}
-    floor = _distances(other.values, real.values, drawn_weights(np.arange(len(other)), resamples, draws), real_counts)
-    named = {"fid_floor": floor["fid"], "kid_floor": floor["kid"], "kid_floor_ci": floor["kid_ci"]}
-    return found | named | {"reasons": {}}
+        found |= dict.fromkeys(floors)
+        found["reasons"] |= dict.fromkeys(floors, why)
+    else:
+        floor = _distances(other.values, real.values, drawn_weights(np.arange(len(other)), resamples, draws), real_counts)
+        found |= {"fid_floor": floor["fid"], "kid_floor": floor["kid"], "kid_floor_ci": floor["kid_ci"]}
+    if len(real_counts) == 1:
+        lost = [name for name in missing if name.endswith("_ci") and found[name] is None and name not in found["reasons"]]
+        found["reasons"] |= dict.fromkeys(lost, "Real images of one patient: an interval needs at least 2 to resample.")
+    return found
 
 
 def by_class(
