@@ -57,19 +57,19 @@ def visible_devices() -> list[str]:
 
 def side_by_side(jobs: Sequence[Callable[[Seat], Job]], places: Sequence[Seat], ended: Callable[[], None]) -> None:
     """All jobs, as many at once as there are `places`; `ended` is called after each. What one raises stops all."""
-    waiting, free = deque(jobs), list(places)
-    running: dict[Seat, tuple[Job, subprocess.Popen | None]] = {}
+    waiting, free = deque(jobs), list(range(len(places)))
+    running: dict[int, tuple[Job, subprocess.Popen | None]] = {}
     try:
         while waiting or running:
             while waiting and free:
-                seat = free.pop(0)
-                running[seat] = (waiting.popleft()(seat), None)
-            for seat, (job, process) in list(running.items()):
+                place = free.pop(0)
+                running[place] = (waiting.popleft()(places[place]), None)
+            for place, (job, process) in list(running.items()):
                 if process is None or process.poll() is not None:
-                    running[seat] = (job, next(job, None))
-                    if running[seat][1] is None:
-                        del running[seat]
-                        free.append(seat)
+                    running[place] = (job, next(job, None))
+                    if running[place][1] is None:
+                        del running[place]
+                        free.append(place)
                         ended()
             time.sleep(LOOK_SECONDS)
     finally:

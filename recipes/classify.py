@@ -347,6 +347,7 @@ def measure(
         "rows_per_image": float(np.mean(table["rows"].to_numpy())),
         "p_flip": float(np.mean(table["p_flip"].to_numpy())),
         "batch_size": pipe.batch_rows(config.batch_size),
+        "pipeline": pipe.fingerprint(),
     }, groups
 
 

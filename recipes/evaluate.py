@@ -33,7 +33,22 @@ if TYPE_CHECKING:
 
 BOUND_IMAGES, BOUND_PAIRS = 32, 64
 """Held-out images whose bits per dimension are bounded, and at how many pairs each."""
-CLASSIFIER_NAMES = ("accuracy", "balanced_accuracy", "auroc", "average_precision", "ece", "nll", "brier", "aurc")
+CLASSIFIER_NAMES = (
+    "n",
+    "accuracy",
+    "balanced_accuracy",
+    "auroc",
+    "average_precision",
+    "ece",
+    "nll",
+    "brier",
+    "aurc",
+    "patient_auroc",
+    "patient_accuracy",
+    "rows_per_image",
+    "seconds_per_image",
+)
+WITHOUT_INTERVAL = {"n", "rows_per_image", "seconds_per_image", "audit"}
 """Numbers of classify.py that are missing without its scores."""
 
 
@@ -59,7 +74,8 @@ class Evaluation:
 
     def leave_out(self, why: str, *names: str) -> None:
         """Numbers that have no meaning here."""
-        self.add(dict.fromkeys(names) | {"reasons": dict.fromkeys(names, why)})
+        both = [*names, *(f"{name}_ci" for name in names if name not in WITHOUT_INTERVAL)]
+        self.add(dict.fromkeys(both) | {"reasons": dict.fromkeys(both, why)})
 
 
 def main(config: EvaluateConfig) -> None:
@@ -109,7 +125,7 @@ def begin(config: EvaluateConfig, accelerator: "Accelerator") -> Evaluation:
     """Pipeline, real images, and a gallery for as many generated ones as are wanted."""
     import numpy as np
 
-    from medsd.data.dataset import load_dataset, load_info
+    from medsd.data.dataset import load_dataset
     from medsd.data.transforms import column, stratified
     from medsd.inference.gallery import Gallery
     from medsd.inference.generating import describe_scheduler, use_scheduler
@@ -138,7 +154,7 @@ def begin(config: EvaluateConfig, accelerator: "Accelerator") -> Evaluation:
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             gallery.begin()
-    title = f"{Path(config.pipeline).resolve().parent.name}: a diffusion model of {load_info(config.dataset_name).unit} images"
+    title = f"A diffusion model of {len(pipe.class_names) or 'no'} classes, {pipe.data.resolution} px"
     material = Material(title=title, class_names=pipe.class_names or ["images"])
     return Evaluation(config, pipe, rows.select(chosen), labels[chosen], Judged(gallery, plan, names), material)
 
@@ -180,11 +196,14 @@ def classifier(evaluation: Evaluation) -> None:
     """The metrics of classify.py, and by subgroup."""
     from medsd.report.collect import read_scores
 
-    folder = Path(evaluation.config.scores)
-    if not (folder / "metrics.json").is_file():
-        evaluation.leave_out(f"{folder} is not there: score it with classify.py first.", *CLASSIFIER_NAMES)
+    folder, pipe = Path(evaluation.config.scores), evaluation.pipe
+    if not (folder / "metrics.json").is_file() or not pipe.class_names:
+        evaluation.leave_out("No scores were given: run classify.py and name its folder with --scores.", *CLASSIFIER_NAMES)
         return
-    scores = read_scores(folder, evaluation.config.dataset_name, evaluation.pipe.class_names)
+    scores = read_scores(folder, evaluation.config.dataset_name, pipe.class_names)
+    if scores.metrics.get("pipeline", pipe.fingerprint()) != pipe.fingerprint():
+        evaluation.leave_out("The scores are another pipeline's: run classify.py with this one.", *CLASSIFIER_NAMES)
+        return
     evaluation.add(scores.metrics)
     material = evaluation.material
     material.probabilities, material.labels, material.predictions = scores.probabilities, scores.labels, scores.predictions
@@ -208,47 +227,31 @@ def distributions(evaluation: Evaluation) -> None:
     from medsd.inference.auditing import unit_images
     from medsd.inference.extractors import extract
     from medsd.inference.judging import judged_labels, matching_places
+    from medsd.training.discriminative import chosen_extractor
 
     config, pipe, judged = evaluation.config, evaluation.pipe, evaluation.generated
-    extractor = choose_extractor(config, pipe)
+    extractor = chosen_extractor(config.features, pipe)
     real, generated = (extract(extractor, batches) for batches in (unit_images(pipe, evaluation.rows)(), judged.batches()))
     patients = column(evaluation.rows, "patient_id").to_pylist()
-    other = other_labels = training = None
+    other = other_labels = other_patients = training = None
     if "train" in available_splits(config.dataset_name):
         training = load_dataset(config.dataset_name, "train")
         labels = judged_labels(pipe, training)
         places = matching_places(labels, np.bincount(judged.labels, minlength=len(judged.class_names)), config.seed)
-        other, other_labels = extract(extractor, unit_images(pipe, training.select(places))()), labels[places]
-    evaluation.add(distribution_metrics(generated, real, patients, other, seed=config.seed))
+        if len(places):
+            other, other_labels = extract(extractor, unit_images(pipe, training.select(places))()), labels[places]
+            other_patients = column(training.select(places), "patient_id").to_pylist()
+    evaluation.add(distribution_metrics(generated, real, patients, other, other_patients, seed=config.seed))
     if len(pipe.class_names) > 1:
         sides = (generated, judged.labels, real, evaluation.labels)
-        evaluation.add(by_class(*sides, patients, pipe.class_names, other, other_labels, seed=config.seed))
+        evaluation.add(by_class(*sides, patients, pipe.class_names, other, other_labels, other_patients, seed=config.seed))
     evaluation.material.features = {"real": (real.values, evaluation.labels), "generated": (generated.values, judged.labels)}
     audit(evaluation, extractor, generated, training)
 
 
-def choose_extractor(config: EvaluateConfig, pipe: "MedSDPipeline") -> "Extractor":
-    """Of `--features`; a prepared data folder stands for a ResNet that tells its classes."""
-    from tqdm import tqdm
-
-    from medsd.data.dataset import INFO_FILE, load_info
-    from medsd.inference.extractors import ResNetFeatures, load_extractor
-    from medsd.training.discriminative import resnet_of
-
-    if not (Path(config.features) / "data").is_dir() or not (Path(config.features) / INFO_FILE).is_file():
-        return load_extractor(config.features, pipe, pipe.device)
-    info = load_info(config.features)
-    if info.channels != pipe.data.channels or info.resolution < pipe.data.resolution:
-        raise InputError(f"--features {config.features} has other images than {config.pipeline}: prepare data of the same kind")
-    with tqdm(desc=f"a ResNet of {config.features}", unit="epoch", leave=False) as bar:
-        judge = resnet_of(config.features, pipe.data.resolution, progress=bar.update)
-    return ResNetFeatures(judge.to(pipe.device), "resnet")
-
-
 def audit(evaluation: Evaluation, extractor: "Extractor", generated: "Features", training: Any) -> None:
     """Copies of training images among the generated ones, where the data is what the pipeline was trained on."""
-    from medsd.data.dataset import load_info
-    from medsd.data.transforms import column
+    from medsd.data.transforms import column, training_rows
     from medsd.inference.auditing import (
         Seen,
         audit_record,
@@ -256,24 +259,28 @@ def audit(evaluation: Evaluation, extractor: "Extractor", generated: "Features",
         held_out_rows,
         membership_signal,
         mirrored,
+        no_audit,
         possible_rate,
         unit_images,
     )
     from medsd.inference.extractors import extract
+    from medsd.inference.folder import trained_on
     from medsd.report.images import suspects
 
     config, pipe, judged = evaluation.config, evaluation.pipe, evaluation.generated
-    if training is None or load_info(config.dataset_name).fingerprint != pipe.data.fingerprint:
-        print(f"no audit: {config.dataset_name} is not the data that {config.pipeline} was trained on")
+    why = no_audit(pipe, config.dataset_name)
+    if why:
+        print(f"no audit: {why}")
+        evaluation.leave_out(f"{why[0].upper()}{why[1:]}.", "audit")
         return
-    held_out = held_out_rows(config.dataset_name)
+    training, held_out = training_rows(training, *trained_on(Path(config.pipeline))), held_out_rows(config.dataset_name)
     images, others = unit_images(pipe, training), unit_images(pipe, held_out)
     samples = Seen.of(extractor, judged.batches, features=generated.values)
     known = Seen.of(extractor, images, column(training, "patient_id").to_pylist())
     unseen = Seen.of(extractor, others, column(held_out, "patient_id").to_pylist())
     rate = possible_rate(config.false_positive_rate, len(unseen.features))
     found = copies_among(samples, known, extract(extractor, mirrored(images)()).values, unseen, rate)
-    keys, told = column(training, "key").to_pylist(), judged.told()
+    keys, told = column(training, "key").to_pylist(), judged.told(config.seed)
     evaluation.audit = audit_record(pipe, Path(config.pipeline), found, rate, generated.extractor, keys, told)
     evaluation.audit |= membership_signal(pipe, training, held_out, config.seed)
     material = evaluation.material
@@ -294,18 +301,14 @@ def reconstructions(evaluation: Evaluation) -> None:
 
 def likelihood(evaluation: Evaluation) -> None:
     """Bits per dimension of real images, where the model has a likelihood of pixels."""
-    from medsd.data.transforms import column, recorded_ranges, row_labels
-    from medsd.evaluation.resampling import mean_with_interval
-    from medsd.inference.auditing import own_prompts
+    from medsd.inference.judging import bits_metrics
 
-    pipe, rows = evaluation.pipe, evaluation.rows
-    rows = rows.select(range(0, len(rows), max(1, len(rows) // BOUND_IMAGES)))
-    try:
-        bits = pipe.bits_per_dimension(list(rows["image"]), own_prompts(pipe, row_labels(rows)), recorded_ranges(rows), BOUND_PAIRS)
-    except InputError as error:
-        evaluation.leave_out(f"{error}.", "bits_per_dim")
-        return
-    evaluation.add(mean_with_interval("bits_per_dim", bits, column(rows, "patient_id").to_pylist()))
+    rows = evaluation.rows.select(range(0, len(evaluation.rows), -(-len(evaluation.rows) // BOUND_IMAGES)))
+    found = bits_metrics(evaluation.pipe, rows, BOUND_PAIRS)
+    if found is None:
+        evaluation.leave_out("An autoencoder has no likelihood of pixels, and images of fractions none in bits.", "bits_per_dim")
+    else:
+        evaluation.add(found)
 
 
 def intensities(evaluation: Evaluation) -> None:

@@ -16,7 +16,7 @@ from medsd.inference.extractors import extract, load_extractor
 from medsd.inference.folder import pipeline_sha256
 from medsd.inference.gallery import Gallery
 from medsd.inference.generating import Sampling
-from medsd.inference.judging import Judged, judged_labels, matching_places, plan_samples
+from medsd.inference.judging import APART, Judged, judged_labels, matching_places, plan_samples
 from medsd.training.fitting import adopt
 
 
@@ -64,7 +64,7 @@ def test_a_stopped_drawing_goes_on_and_comes_out_the_same(pipe, tmp_path):
     shared.draw(pipe, sampling, 0, 1, drawn.append)
     assert sum(drawn) < 6
     assert torch.equal(torch.cat(list(whole.batches())), torch.cat(list(shared.batches())))
-    assert whole.labels.tolist() == [0, 0, 1, 1, 1, 1] and whole.told()[-1] == {"class": pipe.class_names[1], "index": 3}
+    assert whole.labels.tolist() == [0, 0, 1, 1, 1, 1] and whole.told(5)[-1] == {"class": pipe.class_names[1], "seed": 5 + APART + 3}
 
 
 def test_planted_training_images_fail_the_audit_of_a_folder(pipe, phantom_data, tmp_path):

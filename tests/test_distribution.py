@@ -155,6 +155,18 @@ def test_too_few_images_have_a_reason():
     assert found["fid"] is None and "4 generated" in found["reasons"]["fid"]
 
 
+def test_images_of_one_patient_that_are_alike_add_nothing_to_kid():
+    """A perfect generator: patients with eight like images each, and samples of as many other patients."""
+    held, values = 0, []
+    for trial in range(40):
+        draws = np.random.default_rng(trial)
+        real = np.repeat(draws.normal(size=(30, 4)), 8, axis=0) + 0.2 * draws.normal(size=(240, 4))
+        found = distribution_metrics(features_of(draws.normal(size=(100, 4)) * 1.02), features_of(real), [str(i // 8) for i in range(240)])
+        values.append(found["kid"])
+        held += found["kid_ci"][0] <= 0 <= found["kid_ci"][1]
+    assert abs(np.mean(values)) < 2 * np.std(values) / 40**0.5 + 0.02 and held >= 34
+
+
 def test_one_patient_leaves_no_interval_but_the_numbers():
     real, generated = two_sets(n=30, m=30)
     found = distribution_metrics(features_of(generated), features_of(real), ["one"] * 30, features_of(real))

@@ -75,6 +75,9 @@ def test_the_audit_is_of_these_weights_and_lies_in_the_pipeline_too(report, run)
 def test_the_report_names_no_path(report, run, phantom_data):
     page = (report / "report.html").read_text()
     assert str(run) not in page and str(phantom_data) not in page
+    for folder in (report,):
+        for file in (*folder.glob("*.json"), *folder.glob("*.html")):
+            assert str(run.parent) not in file.read_text() and run.name not in file.read_text(), file
     assert all(heading in page for heading in ("Numbers", "Images", "Classifier", "Copies of training images"))
     assert {"generated.png", "real.png", "roc.png", "audit_distances.png"} <= {file.name for file in (report / "figures").iterdir()}
 
@@ -95,7 +98,28 @@ def test_a_stopped_run_goes_on_from_what_is_drawn(config, run, monkeypatch):
 def test_without_scores_there_is_a_report_all_the_same(config, run):
     evaluate.main(replace(config, output_dir=str(run / "unscored"), scores=str(run / "nothing"), num_samples=12))
     metrics = json.loads((run / "unscored/metrics.json").read_text())
-    assert metrics["auroc"] is None and "classify.py" in metrics["reasons"]["auroc"]
+    assert metrics["auroc"] is None and "classify.py" in metrics["reasons"]["auroc"] and metrics["auroc_ci"] is None
+    assert str(run) not in json.dumps(metrics)
+
+
+def test_scores_of_another_pipeline_are_left_out(config, run, tmp_path):
+    shutil.copytree(run / "scores", tmp_path / "scores")
+    scores = json.loads((tmp_path / "scores/metrics.json").read_text())
+    (tmp_path / "scores/metrics.json").write_text(json.dumps(scores | {"pipeline": "another"}))
+    evaluate.main(replace(config, output_dir=str(tmp_path / "out"), scores=str(tmp_path / "scores"), num_samples=12))
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["auroc"] is None and "another pipeline" in metrics["reasons"]["auroc"]
+
+
+def test_an_unconditional_pipeline_is_judged_as_a_whole(config, run, phantom_data, tmp_path):
+    torch.manual_seed(0)
+    info = load_info(phantom_data).without_classes()
+    pipe = MedSDPipeline.from_preset("tiny", info, pixel_std=0.5)
+    adopt(pipe, info)
+    pipe.save_pretrained(tmp_path / "unet")
+    evaluate.main(replace(config, pipeline=str(tmp_path / "unet"), output_dir=str(tmp_path / "out"), num_samples=12))
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["fid"] > 0 and metrics["auroc"] is None and not any(name.startswith("fid/") for name in metrics)
 
 
 @pytest.mark.slow

@@ -101,6 +101,18 @@ def test_more_flags_than_chance_fail_the_audit():
     assert summary(5)["verdict"] == "passed" and summary(13)["verdict"] == "failed"
 
 
+def test_a_model_that_copies_nothing_fails_in_one_of_forty_audits():
+    """Scores of samples and of held-out images from one distribution, few held-out images: the threshold itself is a matter of chance."""
+    draws, failed = np.random.default_rng(0), 0
+    for _ in range(1000):
+        closeness = np.exp(draws.normal(size=(2, 256)))
+        samples, held_out = (
+            Neighbours(values, np.ones(len(values)), np.zeros(len(values), int)) for values in (closeness[0], closeness[1, :99])
+        )
+        failed += audit_summary(find_copies({"pixels": samples}, {"pixels": held_out}, 0.01), 0.01)["verdict"] == "failed"
+    assert 2 <= failed <= 40
+
+
 def test_membership_is_the_rank_of_training_losses():
     draws = np.random.default_rng(0)
     patients = [str(i) for i in range(400)]

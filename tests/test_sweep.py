@@ -39,7 +39,7 @@ QUICK = {
         "lr_warmup_steps": 2,
     },
     "classify": {"mode": "full", "max_pairs": 2, "max_samples": 24, "calibrate": "none"},
-    "evaluate": {"num_samples": 24, "num_inference_steps": 2},
+    "evaluate": {"num_samples": 12, "num_inference_steps": 2, "max_samples": 18},
 }
 TRAIN = {"max_train_steps": 2, "train_batch_size": 4, "validation_steps": 0, "logging_steps": 1, "report_to": "none"}
 
@@ -263,6 +263,16 @@ def test_seats_share_all_cores_and_no_core_twice():
         places = seats(count, 100)
         assert len(places) == count and sorted(core for seat in places for core in seat.cores) == sorted(cores)
     assert len(seats(None, 1)) == 1 and len(seats(len(cores) + 3, 100)) == len(cores) + 3
+
+
+def test_no_job_is_lost_on_seats_that_are_alike():
+    def job(number, seat):
+        yield subprocess.Popen(["true"])
+        done.append(number)
+
+    done: list[int] = []
+    side_by_side([partial(job, number) for number in range(6)], seats(len(os.sched_getaffinity(0)) + 3, 6), lambda: None)
+    assert sorted(done) == list(range(6))
 
 
 def test_jobs_run_side_by_side_and_end_together():

@@ -103,6 +103,8 @@ def test_training_shrinks_as_the_pipeline_does(dtype):
         small = shrink(torch.from_numpy(image)[None], side, label_channels=1)[0].numpy()
         np.testing.assert_allclose(small[:2], fit_square(image[:2], side, "pad")[0], atol=1e-4)
         np.testing.assert_array_equal(small[2:], fit_square(image[2:], side, "pad", nearest=True)[0])
+        alone = shrink(torch.from_numpy(image[2:])[None], side, label_channels=1)[0].numpy()
+        np.testing.assert_array_equal(alone, small[2:])
 
 
 def test_to_unit_shrinks_before_it_clips():

@@ -107,7 +107,7 @@ def shrink(images: torch.Tensor, resolution: int, label_channels: int = 0) -> to
     if block == 1:
         return images.float()
     grey, labels = _apart(images, label_channels)
-    means = avg_pool2d(grey.float(), block)
+    means = avg_pool2d(grey.float(), block) if grey.shape[1] else grey[..., ::block, ::block].float()  # Torch pools no empty tensor.
     means = means if images.is_floating_point() else means.round()
     return torch.cat([means, labels[..., block // 2 :: block, block // 2 :: block].float()], 1)
 

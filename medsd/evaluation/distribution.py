@@ -31,6 +31,7 @@ def distribution_metrics(
     real: Features,
     patients: Sequence[str],
     other: Features | None = None,
+    other_patients: Sequence[str] | None = None,
     resamples: int = 200,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -41,11 +42,12 @@ def distribution_metrics(
         real: N images, more than `NEIGHBOURS`.
         patients: N ids.
         other: real images of other patients, about M of them, for the floors.
+        other_patients: their ids; default a patient each.
 
     Returns:
         `fid`, `kid`, `precision`, `recall`, `density`, `coverage` and `NAME_ci`; `fid_floor`, `kid_floor`, `kid_floor_ci`; `extractor`,
-        `n_real`, `n_generated`. The intervals of the last four of the six take the balls around the images as given; that of `fid` is moved
-        by the bias that resampling adds. None, with a sentence in `reasons`, where there are too few images.
+        `n_real`, `n_generated`, `n_floor`. The intervals of the last four of the six take the balls around the images as given; that of
+        `fid` is moved by the bias that resampling adds. None, with a sentence in `reasons`, where there are too few images or patients.
 
     Raises InputError for features of different extractors.
     """
@@ -57,8 +59,9 @@ def distribution_metrics(
         return found | dict.fromkeys(missing) | {"reasons": dict.fromkeys(missing, why)}
     draws = np.random.default_rng(seed)
     ones = np.arange(len(generated))
-    real_counts, generated_counts = (drawn_weights(units, resamples, draws) for units in (patient_numbers(patients), ones))
-    found |= _distances(generated.values, real.values, generated_counts, real_counts)
+    units = patient_numbers(patients)
+    real_counts, generated_counts = (drawn_weights(some, resamples, draws) for some in (units, ones))
+    found |= _distances(generated.values, real.values, generated_counts, real_counts, ones, units)
     for name, (values, counts) in _shares(generated.values, real.values, generated_counts, real_counts).items():
         series = counts @ values / counts.sum(1)
         found |= {name: float(series[0]), f"{name}_ci": interval(series)}
@@ -68,11 +71,13 @@ def distribution_metrics(
         found |= dict.fromkeys(floors)
         found["reasons"] |= dict.fromkeys(floors, why)
     else:
-        floor = _distances(other.values, real.values, drawn_weights(np.arange(len(other)), resamples, draws), real_counts)
-        found |= {"fid_floor": floor["fid"], "kid_floor": floor["kid"], "kid_floor_ci": floor["kid_ci"]}
-    if len(real_counts) == 1:
-        lost = [name for name in missing if name.endswith("_ci") and found[name] is None and name not in found["reasons"]]
-        found["reasons"] |= dict.fromkeys(lost, "Real images of one patient: an interval needs at least 2 to resample.")
+        others = np.arange(len(other)) if other_patients is None else patient_numbers(other_patients)
+        floor = _distances(other.values, real.values, drawn_weights(others, resamples, draws), real_counts, others, units)
+        found |= {"n_floor": len(other), "fid_floor": floor["fid"], "kid_floor": floor["kid"], "kid_floor_ci": floor["kid_ci"]}
+    lost = [name for name in missing if found[name] is None and name not in found["reasons"]]
+    found["reasons"] |= dict.fromkeys(
+        lost, f"Real images of {units.max() + 1} patients: too few to resample, or to compare with each other."
+    )
     return found
 
 
@@ -85,6 +90,7 @@ def by_class(
     class_names: Sequence[str],
     other: Features | None = None,
     other_labels: NDArray | None = None,
+    other_patients: Sequence[str] | None = None,
     resamples: int = 200,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -92,10 +98,11 @@ def by_class(
     found: dict[str, Any] = {"reasons": {}}
     for number, name in enumerate(class_names):
         own = np.flatnonzero(labels == number)
-        known = None if other is None or other_labels is None else other[other_labels == number]
-        measured = distribution_metrics(
-            generated[generated_labels == number], real[own], [patients[place] for place in own], known, resamples, seed
-        )
+        theirs = np.flatnonzero(other_labels == number) if other is not None and other_labels is not None else None
+        known = None if theirs is None else other[theirs]
+        who = None if theirs is None or other_patients is None else [other_patients[place] for place in theirs]
+        sides = (generated[generated_labels == number], real[own], [patients[place] for place in own])
+        measured = distribution_metrics(*sides, known, who, resamples, seed)
         found["reasons"] |= {f"{key}/{name}": reason for key, reason in measured.pop("reasons").items()}
         del measured["extractor"]
         found |= {_of_class(key, name): value for key, value in measured.items()}
@@ -123,7 +130,8 @@ def kernel_distance(first: ArrayLike, second: ArrayLike) -> float:
     Of all images, where others average over subsets; it can be below 0.
     """
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    return float(_kernel_distances(first, second, np.ones((1, len(first))), np.ones((1, len(second))))[0])
+    counts, units = zip(*((np.ones((1, len(some))), np.arange(len(some))) for some in (first, second)), strict=True)
+    return float(_kernel_distances(first, second, *counts, *units)[0])
 
 
 def precision_recall(generated: ArrayLike, real: ArrayLike, neighbours: int = NEIGHBOURS) -> dict[str, float]:
@@ -138,19 +146,21 @@ def precision_recall(generated: ArrayLike, real: ArrayLike, neighbours: int = NE
     return {name: float(values.mean()) for name, (values, _) in _shares(generated, real, *ones, neighbours).items()}
 
 
-def _distances(first: NDArray, second: NDArray, first_counts: Floats, second_counts: Floats) -> dict[str, Any]:
-    """`fid`, `kid` and their intervals."""
+def _distances(
+    first: NDArray, second: NDArray, first_counts: Floats, second_counts: Floats, first_units: NDArray, second_units: NDArray
+) -> dict[str, Any]:
+    """`fid`, `kid` and their intervals; units `(N,)` are what is drawn: patients, or images."""
     first, second = first.astype(np.float64), second.astype(np.float64)
     resamples = 1 + max(FEW_RESAMPLES, EIGEN_WORK // first.shape[1] ** 3)
     pairs = zip(first_counts[:resamples], second_counts[:resamples], strict=False)
     frechet = np.array([_frechet(*_moments(first, one), *_moments(second, two)) for one, two in pairs])
     both = min(len(first_counts), len(second_counts))
-    kernel = _kernel_distances(first, second, first_counts[:both], second_counts[:both])
+    kernel = _kernel_distances(first, second, first_counts[:both], second_counts[:both], first_units, second_units)
     moved = np.concatenate([frechet[:1], np.maximum(frechet[1:] - (frechet[1:].mean() - frechet[0]), 0)]) if both > 1 else frechet
     return {
         "fid": float(frechet[0]),
         "fid_ci": interval(moved) if both > 1 else None,
-        "kid": float(kernel[0]),
+        "kid": float(kernel[0]) if np.isfinite(kernel[0]) else None,
         "kid_ci": interval(kernel) if both > 1 else None,
     }
 
@@ -171,21 +181,31 @@ def _frechet(mean: Floats, covariance: Floats, other_mean: Floats, other: Floats
     return float(((mean - other_mean) ** 2).sum() + np.trace(covariance) + np.trace(other) - 2 * common)
 
 
-def _kernel_distances(first: Floats, second: Floats, first_counts: Floats, second_counts: Floats) -> Floats:
-    """`(R,)`: an image drawn twice is not compared with itself, which would add a bias."""
-    within = [_kernel_sums(some, some, counts, counts, True) for some, counts in ((first, first_counts), (second, second_counts))]
-    pairs = [counts.sum(1) ** 2 - (counts**2).sum(1) for counts in (first_counts, second_counts)]
-    across = _kernel_sums(first, second, first_counts, second_counts, False)
-    return within[0] / pairs[0] + within[1] / pairs[1] - 2 * across / (first_counts.sum(1) * second_counts.sum(1))
+def _kernel_distances(
+    first: Floats, second: Floats, first_counts: Floats, second_counts: Floats, first_units: NDArray, second_units: NDArray
+) -> Floats:
+    """`(R,)`, NaN where all images of a side are of one unit.
+
+    Images of one patient are not compared with each other, nor is an image that is drawn twice: they are alike for that, which would add
+    to the distance.
+    """
+    within = []
+    for some, counts, units in ((first, first_counts, first_units), (second, second_counts, second_units)):
+        drawn = np.stack([np.bincount(units, row) for row in counts])
+        pairs = drawn.sum(1) ** 2 - (drawn**2).sum(1)
+        sums = _kernel_sums(some, some, counts, counts, units)
+        within.append(np.divide(sums, pairs, out=np.full(len(sums), np.nan), where=pairs > 0))
+    across = _kernel_sums(first, second, first_counts, second_counts)
+    return within[0] + within[1] - 2 * across / (first_counts.sum(1) * second_counts.sum(1))
 
 
-def _kernel_sums(first: Floats, second: Floats, first_counts: Floats, second_counts: Floats, same: bool) -> Floats:
-    """`(R,)` sum of the kernel over all pairs, each as often as it is drawn; of the `same` images without those of one image."""
+def _kernel_sums(first: Floats, second: Floats, first_counts: Floats, second_counts: Floats, units: NDArray | None = None) -> Floats:
+    """`(R,)` sum of the kernel over all pairs, each as often as it is drawn; of one set of images without those of one unit."""
     sums, width = np.zeros(len(first_counts)), first.shape[1]
     for rows in _blocks(len(first), len(second)):
         kernel = (first[rows] @ second.T / width + 1) ** 3
-        if same:
-            kernel[np.arange(len(kernel)), np.arange(len(first))[rows]] = 0
+        if units is not None:
+            kernel[units[rows][:, None] == units] = 0
         sums += np.einsum("rj,rj->r", first_counts[:, rows] @ kernel, second_counts)
     return sums
 

@@ -31,6 +31,7 @@ WHITENING = 0.5
 """Power of the training images' mean spectrum that spectra are divided by: 0 lets the outline speak alone, 1 the noise."""
 SMALLEST = 1e-6
 """Distances below it count as it."""
+UNLIKELY = 0.025
 COPY_DEVIATIONS = 10.0
 """Below the median of held-out queries."""
 BLOCK = 256
@@ -107,20 +108,27 @@ def find_copies(samples: dict[str, Neighbours], held_out: dict[str, Neighbours],
 def audit_summary(found: Findings, rate: float) -> dict[str, Any]:
     """`samples`, `held_out`, `flagged`, `flagged_share` and its `_ci`, `copies`, `false_positive_rate`, and the `verdict`.
 
-    `failed` where a sample is a copy, or more are flagged than chance brings: the lower end of the share's 95 % interval (Clopper and
-    Pearson, one-sided 97.5 %) is above the rate. Else `passed`.
+    `failed` where a sample is a copy, or more are flagged than chance brings in one of 40 audits of models that copy nothing: `chance`, the
+    probability of so many, is below 0.025. The threshold is itself one of few held-out scores, so that number is beta-binomial. Else
+    `passed`.
     """
+    from scipy.stats import betabinom
+
     flagged, count, copies = int(found.flagged.sum()), len(found.scores), int(found.copies.sum())
     low, high = binomial_interval(flagged, count)
+    held_out = len(found.held_out_scores)
+    place = math.floor(rate * (held_out + 1) + 1e-9)
+    chance = float(betabinom.sf(flagged - 1, count, place, held_out + 1 - place))
     return {
         "samples": count,
-        "held_out": len(found.held_out_scores),
+        "held_out": held_out,
         "false_positive_rate": rate,
         "flagged": flagged,
         "flagged_share": flagged / count,
         "flagged_share_ci": [low, high],
+        "chance": chance,
         "copies": copies,
-        "verdict": "failed" if copies or low > rate else "passed",
+        "verdict": "failed" if copies or chance < UNLIKELY else "passed",
     }
 
 

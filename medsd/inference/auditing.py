@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 import medsd
-from medsd.data.dataset import available_splits, load_dataset
+from medsd.data.dataset import available_splits, load_dataset, load_info
 from medsd.data.transforms import column, recorded_ranges, row_labels, stratified, unit_batches
 from medsd.errors import InputError
 from medsd.evaluation.memorization import (
@@ -83,7 +83,8 @@ def audit_record(
         | {"nearest": keys[found.nearest[place]], "space": found.space[place]}
         for place in np.flatnonzero(found.flagged)
     ]
-    made = {"medsd": medsd.__version__, "weights_sha256": pipeline_sha256(folder), "data": pipe.data.fingerprint, "extractor": extractor}
+    made = {"medsd": medsd.__version__, "weights_sha256": pipeline_sha256(folder) if folder.is_dir() else None, "model": pipe.fingerprint()}
+    made |= {"data": pipe.data.fingerprint, "training_images": len(keys), "extractor": extractor}
     return made | audit_summary(found, rate) | {"quantity": "closeness to the training images, in deviations", "flagged_samples": flagged}
 
 
@@ -92,6 +93,15 @@ def held_out_rows(dataset_name: str) -> Any:
     from datasets import concatenate_datasets
 
     return concatenate_datasets([load_dataset(dataset_name, split) for split in available_splits(dataset_name) if split != "train"])
+
+
+def no_audit(pipe: MedSDPipeline, dataset_name: str) -> str:
+    """Why nothing can be audited on a data set; empty where it can."""
+    if load_info(dataset_name).fingerprint != pipe.data.fingerprint or "train" not in available_splits(dataset_name):
+        return "this is not the data that the pipeline was trained on"
+    held_out = [split for split in available_splits(dataset_name) if split != "train"]
+    few = not held_out or len(column(held_out_rows(dataset_name), "patient_id").unique()) < 2
+    return "it compares patients, and fewer than two are held out" if few else ""
 
 
 def possible_rate(wanted: float, held_out: int) -> float:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from medsd.data.dataset import INFO_FILE, DataInfo, load_dataset
 from medsd.data.hypotheses import Hypotheses
-from medsd.data.transforms import column
+from medsd.data.transforms import column, training_rows
 from medsd.errors import InputError
 from medsd.inference.calibration import Calibration
 from medsd.output import write_text
@@ -241,13 +241,25 @@ def locate_base(base: Base, run: Path) -> Base:
     return replace(base, name=str(place))
 
 
-def training_patients(folder: Path) -> set[str]:
-    """Patients that a pipeline was trained on, as far as its training data is still where it was."""
+def trained_on(folder: Path) -> tuple[float | None, int | None, int]:
+    """What of the training split a local pipeline saw: arguments of `medsd.data.transforms.training_rows`, as its run recorded them."""
+    config = _training_config(folder)
+    return config.get("train_fraction"), config.get("max_train_samples"), config.get("seed", 0)
+
+
+def _training_config(folder: Path) -> dict[str, Any]:
     import yaml
 
     recorded = folder / "config.yaml"
-    data = yaml.safe_load(recorded.read_text()).get("finetune_unet", {}).get("dataset_name") if recorded.is_file() else None
+    return (yaml.safe_load(recorded.read_text()) or {}).get("finetune_unet") or {} if recorded.is_file() else {}
+
+
+def training_patients(folder: Path) -> set[str]:
+    """Patients that a pipeline was trained on, as far as its training data is still where it was."""
+    data = _training_config(folder).get("dataset_name")
     try:
-        return set(column(load_dataset(data, "train"), "patient_id").to_pylist()) if data and Path(data).is_dir() else set()
+        if not data or not Path(data).is_dir():
+            return set()
+        return set(column(training_rows(load_dataset(data, "train"), *trained_on(folder)), "patient_id").to_pylist())
     except (InputError, OSError):
         return set()

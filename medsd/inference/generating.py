@@ -83,8 +83,11 @@ def use_scheduler(pipe: MedSDPipeline, name: str | None) -> None:
     if name is None:
         return
     found = getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
-        raise InputError(f"--scheduler {name}: no such scheduler in diffusers; DDIMScheduler and DPMSolverMultistepScheduler are two")
+    usable = isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin) and hasattr(found, "scale_model_input")
+    if not usable or found.__name__ not in {type(pipe.scheduler).__name__, *(kind.__name__ for kind in pipe.scheduler.compatibles)}:
+        raise InputError(
+            f"--scheduler {name}: no scheduler of diffusers that fits this pipeline; DDIMScheduler and DPMSolverMultistepScheduler are two"
+        )
     pipe.scheduler = found.from_config(pipe.scheduler.config)
 
 

@@ -2,23 +2,27 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 
 from medsd.data.intensity import nominal_ranges
-from medsd.data.transforms import column, row_labels
+from medsd.data.transforms import column, recorded_ranges, row_labels
 from medsd.errors import InputError
 from medsd.evaluation.diversity import class_pairs, pair_similarity
 from medsd.evaluation.intensity import Histogram, class_histograms, intensity_metrics, together
 from medsd.evaluation.reconstruction import ms_ssim, psnr, ssim
 from medsd.evaluation.resampling import mean_with_interval
-from medsd.inference.auditing import unit_images
+from medsd.inference.auditing import own_prompts, unit_images
 from medsd.inference.gallery import Gallery
-from medsd.inference.generating import Batch, Sampling, draw_batch
+from medsd.inference.generating import Batch, Sampling, draw_batch, image_seed
 from medsd.inference.pipeline import MedSDPipeline
-from medsd.models.codec import reconstruct
+from medsd.models.codec import PixelCodec, reconstruct
+
+APART = 2**17
+"""Numbers between the first images of two classes, which otherwise would begin with the same noise and be less than independent."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,9 @@ class Judged:
         """`(B, C, R, R)` in `[-1, 1]`."""
         return (self.gallery.views_of(number) for number in range(len(self.plan)))
 
-    def told(self) -> list[dict[str, Any]]:
-        """Class and number of each image, as `manifest.jsonl` of generate.py has them."""
-        return [{"class": batch.class_name, "index": index} for batch in self.plan for index in batch.indices]
+    def told(self, seed: int) -> list[dict[str, Any]]:
+        """Class and seed of each image, as `manifest.jsonl` of generate.py has them; `seed` is that of the sampling."""
+        return [{"class": batch.class_name, "seed": image_seed(seed, index)} for batch in self.plan for index in batch.indices]
 
     def draw(
         self, pipe: MedSDPipeline, sampling: Sampling, rank: int, world: int, progress: Callable[[int], None] = lambda images: None
@@ -68,7 +72,7 @@ def judged_labels(pipe: MedSDPipeline, rows: Any) -> np.ndarray:
 
 
 def plan_samples(labels: np.ndarray, class_names: Sequence[str | None], total: int, batch_size: int) -> list[Batch]:
-    """Batches of about `total` images, the classes as often as in `labels` `(N,)`, each that occurs at least once.
+    """Batches of about `total` images, the classes as often as in `labels` `(N,)`, each that occurs at least once, none from the same noise.
 
     Raises InputError where no image has a class.
     """
@@ -77,9 +81,9 @@ def plan_samples(labels: np.ndarray, class_names: Sequence[str | None], total: i
         raise InputError("none of the real images has a class of this pipeline, so there is nothing to compare with")
     wanted = np.maximum(np.rint(total * counts / counts.sum()).astype(int), counts > 0)
     return [
-        Batch(name, range(start, min(start + batch_size, count)))
-        for name, count in zip(class_names, wanted.tolist(), strict=True)
-        for start in range(0, count, batch_size)
+        Batch(name, range(first + start, first + min(start + batch_size, number)))
+        for first, name, number in zip(count(step=APART), class_names, wanted.tolist(), strict=False)
+        for start in range(0, number, batch_size)
     ]
 
 
@@ -142,3 +146,12 @@ def codec_metrics(pipe: MedSDPipeline, rows: Any) -> dict[str, Any]:
             found |= {name: None, f"{name}_ci": None}
             found["reasons"] |= dict.fromkeys((name, f"{name}_ci"), "Every image comes back exactly.")
     return found
+
+
+def bits_metrics(pipe: MedSDPipeline, rows: Any, pairs: int) -> dict[str, Any] | None:
+    """`bits_per_dim` of prepared images under their own prompts, with its `_ci` by patient; None without a likelihood of whole numbers."""
+    images = list(rows["image"])
+    if not isinstance(pipe.codec, PixelCodec) or not np.issubdtype(images[0].dtype, np.integer):
+        return None
+    bits = pipe.bits_per_dimension(images, own_prompts(pipe, row_labels(rows)), recorded_ranges(rows), pairs)
+    return mean_with_interval("bits_per_dim", bits, column(rows, "patient_id").to_pylist())

@@ -42,7 +42,7 @@ class Material:
     audit_pairs: tuple[NDArray, NDArray, list[str]] | None = None
     """Generated images `(n, H, W[, 3])` uint8, the nearest training image of each, and n captions."""
     audit_scores: tuple[NDArray, NDArray, float] | None = None
-    """Scores of generated and of held-out images against the training images, and the threshold of a copy."""
+    """Scores of generated and of held-out images against the training images, and the threshold below which one is flagged."""
     subgroups: list[dict[str, Any]] = field(default_factory=list)
     """column, value, n, and the `metric` as a number with its `low` and `high`; each a number or None."""
     histograms: tuple[NDArray, NDArray, NDArray, str] | None = None

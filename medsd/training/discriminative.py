@@ -3,18 +3,22 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
-from medsd.data.dataset import load_dataset, load_info
+from medsd.data.dataset import INFO_FILE, load_dataset, load_info
 from medsd.data.intensity import label_channels
 from medsd.data.transforms import Augmentation, TrainingRows, column, to_unit
 from medsd.errors import InputError
 from medsd.inference.calibration import Answers, fit_temperature
+from medsd.inference.extractors import Extractor, ResNetFeatures, load_extractor
+from medsd.inference.pipeline import MedSDPipeline
 from medsd.models.resnet import ResNet
 from medsd.output import writing
 from medsd.runtime import cache_folder
@@ -114,12 +118,26 @@ def resnet_of(dataset_name: str, resolution: int, seed: int = 0, progress: Calla
         model.load_state_dict(load_file(file))
         return model.eval()
     train, validation = (read_labelled(dataset_name, split, resolution) for split in ("train", "validation"))
+    if not len(train) or not len(validation):
+        raise InputError(f"{dataset_name}: a ResNet learns from labelled images of its train and validation splits, and one has none")
     model = fit_resnet(train, validation, len(info.class_names), seed, quick_epochs(len(train)), progress)
     file.parent.mkdir(parents=True, exist_ok=True)
     with writing(file):
         save_file(model.state_dict(), made := file.with_suffix(f".{os.getpid()}.partial"))
         os.replace(made, file)
     return model
+
+
+def chosen_extractor(features: str, pipe: MedSDPipeline) -> Extractor:
+    """What `--features` names: a prepared data folder stands for a ResNet that tells its classes, all else see `load_extractor`."""
+    if not (Path(features) / "data").is_dir() or not (Path(features) / INFO_FILE).is_file():
+        return load_extractor(features, pipe, pipe.device)
+    info = load_info(features)
+    if info.channels != pipe.data.channels or info.resolution < pipe.data.resolution:
+        raise InputError(f"--features {features} has other images than the pipeline: prepare data of the same kind")
+    with tqdm(desc=f"a ResNet of {features}", unit="epoch", leave=False) as bar:
+        judge = resnet_of(features, pipe.data.resolution, progress=bar.update)
+    return ResNetFeatures(judge.to(pipe.device), "resnet")
 
 
 @torch.no_grad()
