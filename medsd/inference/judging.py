@@ -72,7 +72,7 @@ def judged_labels(pipe: MedSDPipeline, rows: Any) -> np.ndarray:
 
 
 def plan_samples(labels: np.ndarray, class_names: Sequence[str | None], total: int, batch_size: int) -> list[Batch]:
-    """Batches of about `total` images, the classes as often as in `labels` `(N,)`, each that occurs at least once, none from the same noise.
+    """Batches of about `total` images, the classes as often as in `labels` `(N,)`, each that occurs at least once, each from other noise.
 
     Raises InputError where no image has a class.
     """
