@@ -253,7 +253,7 @@ def test_a_pipeline_without_classes(info, tmp_path):
         ({"min_probability": 1.0}, "between 0 and 1"),
         ({"seed": 2**32}, "repeat"),
         ({"class_name": ("glioma",)}, "unknown"),
-        ({"scheduler": "Nothing"}, "no such scheduler"),
+        ({"scheduler": "Nothing"}, "no scheduler of diffusers that fits"),
         ({"num_inference_steps": 1001}, "schedule has 1000"),
     ],
 )
