@@ -102,11 +102,11 @@ def check_fit(config: ClassifyConfig, pipe: "MedSDPipeline") -> None:
 def chosen_rows(config: ClassifyConfig, pipe: "MedSDPipeline", split: str, limit: int | None) -> "tuple[Any, np.ndarray]":
     """Rows of a split by key, and their labels in the pipeline's classes; see `medsd.data.matching`."""
     from medsd.data.dataset import load_dataset, load_info
-    from medsd.data.matching import choose_rows, labels_in, match_classes
+    from medsd.data.matching import choose_rows, labels_in
 
     names = load_info(config.dataset_name).class_names
     rows = choose_rows(load_dataset(config.dataset_name, split), limit, config.seed, config.keys if split == config.split else ())
-    return rows, labels_in(pipe.data, rows, names, match_classes(names, pipe.class_names, config.label_map))
+    return rows, labels_in(pipe.data, rows, names, config.label_map)
 
 
 def calibrate(config: ClassifyConfig, pipe: "MedSDPipeline", accelerator: "Accelerator", parts: "Parts") -> None:

@@ -33,23 +33,8 @@ if TYPE_CHECKING:
 
 BOUND_IMAGES, BOUND_PAIRS = 32, 64
 """Held-out images whose bits per dimension are bounded, and at how many pairs each."""
-CLASSIFIER_NAMES = (
-    "n",
-    "accuracy",
-    "balanced_accuracy",
-    "auroc",
-    "average_precision",
-    "ece",
-    "nll",
-    "brier",
-    "aurc",
-    "patient_auroc",
-    "patient_accuracy",
-    "rows_per_image",
-    "seconds_per_image",
-)
-WITHOUT_INTERVAL = {"n", "rows_per_image", "seconds_per_image", "audit"}
-"""Numbers of classify.py that are missing without its scores."""
+WITHOUT_INTERVAL = ("n", "rows_per_image", "seconds_per_image", "audit")
+"""Of what `metrics.json` says."""
 
 
 @dataclass
@@ -62,6 +47,8 @@ class Evaluation:
     """Real images with a class of the pipeline."""
     labels: "np.ndarray"
     """`(N,)` their classes."""
+    extractor: "Extractor | None"
+    """Of the main process."""
     generated: "Judged"
     material: "Material"
     metrics: dict[str, Any] = field(default_factory=lambda: {"reasons": {}})
@@ -123,15 +110,13 @@ def evaluate(config: EvaluateConfig, accelerator: "Accelerator") -> None:
 
 def begin(config: EvaluateConfig, accelerator: "Accelerator") -> Evaluation:
     """Pipeline, real images, and a gallery for as many generated ones as are wanted."""
-    import numpy as np
-
-    from medsd.data.dataset import load_dataset
     from medsd.data.transforms import column, stratified
     from medsd.inference.gallery import Gallery
     from medsd.inference.generating import describe_scheduler, use_scheduler
-    from medsd.inference.judging import Judged, judged_labels, plan_samples
+    from medsd.inference.judging import Judged, judged_rows, plan_samples
     from medsd.inference.pipeline import MedSDPipeline
     from medsd.report.material import Material
+    from medsd.training.discriminative import chosen_extractor
     from medsd.training.usefulness import check_utility
 
     pipe = MedSDPipeline.from_pretrained(config.pipeline).to(accelerator.device)
@@ -140,11 +125,9 @@ def begin(config: EvaluateConfig, accelerator: "Accelerator") -> Evaluation:
     check_fit(config, pipe)
     if config.utility:
         check_utility(pipe, config.dataset_name)
-    rows = load_dataset(config.dataset_name, config.split)
-    labels = judged_labels(pipe, rows)
-    known = np.flatnonzero(labels >= 0)
-    keys = [column(rows, "key").to_pylist()[place] for place in known]
-    chosen = known[stratified(labels[known], keys, config.max_samples, config.seed)]
+    extractor = chosen_extractor(config.features, pipe) if accelerator.is_main_process else None
+    rows, labels = judged_rows(pipe, config.dataset_name, config.split, config.label_map)
+    chosen = stratified(labels, column(rows, "key").to_pylist(), config.max_samples, config.seed)
     names = pipe.class_names or [None]
     plan = plan_samples(labels[chosen], names, config.num_samples, config.batch_size)
     settings = {name: getattr(config, name) for name in ("num_samples", "num_inference_steps", "guidance_scale", "batch_size", "seed")}
@@ -154,14 +137,17 @@ def begin(config: EvaluateConfig, accelerator: "Accelerator") -> Evaluation:
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             gallery.begin()
+            if done := gallery.done():
+                print(f"{len(done)} of {len(plan)} batches are drawn already: going on")
     title = f"A diffusion model of {len(pipe.class_names) or 'no'} classes, {pipe.data.resolution} px"
     material = Material(title=title, class_names=pipe.class_names or ["images"])
-    return Evaluation(config, pipe, rows.select(chosen), labels[chosen], Judged(gallery, plan, names), material)
+    return Evaluation(config, pipe, rows.select(chosen), labels[chosen], extractor, Judged(gallery, plan, names), material)
 
 
 def check_fit(config: EvaluateConfig, pipe: "MedSDPipeline") -> None:
     """Raise InputError where the data's images are not of the pipeline's kind."""
     from medsd.data.dataset import load_info
+    from medsd.data.matching import match_classes
 
     info, data = load_info(config.dataset_name), pipe.data
     if (info.unit, info.image_channels) != (data.unit, data.image_channels):
@@ -169,8 +155,8 @@ def check_fit(config: EvaluateConfig, pipe: "MedSDPipeline") -> None:
         raise InputError(f"{config.dataset_name} has {ours}, the pipeline {theirs}: prepare data of the same kind")
     if info.resolution < data.resolution or info.resolution % data.resolution:
         raise InputError(f"{config.dataset_name} has {info.resolution} px: prepare it at the model's --resolution {data.resolution}")
-    if pipe.class_names and info.class_names != pipe.class_names:
-        raise InputError(f"{config.dataset_name} has other classes than {config.pipeline}: name the data that it was trained on, or alike")
+    if pipe.class_names:
+        match_classes(info.class_names, pipe.class_names, config.label_map)
 
 
 def draw(evaluation: Evaluation, accelerator: "Accelerator") -> None:
@@ -194,16 +180,15 @@ def sampling_of(config: EvaluateConfig) -> "Sampling":
 
 def classifier(evaluation: Evaluation) -> None:
     """The metrics of classify.py, and by subgroup."""
-    from medsd.report.collect import read_scores
+    from medsd.evaluation.tables import NAMES
+    from medsd.report.collect import no_scores, read_scores
 
     folder, pipe = Path(evaluation.config.scores), evaluation.pipe
-    if not (folder / "metrics.json").is_file() or not pipe.class_names:
-        evaluation.leave_out("No scores were given: run classify.py and name its folder with --scores.", *CLASSIFIER_NAMES)
+    why = no_scores(folder, pipe)
+    if why:
+        evaluation.leave_out(why, *NAMES, "n", "rows_per_image", "seconds_per_image")
         return
-    scores = read_scores(folder, evaluation.config.dataset_name, pipe.class_names)
-    if scores.metrics.get("pipeline", pipe.fingerprint()) != pipe.fingerprint():
-        evaluation.leave_out("The scores are another pipeline's: run classify.py with this one.", *CLASSIFIER_NAMES)
-        return
+    scores = read_scores(folder, pipe, evaluation.config.dataset_name, evaluation.config.label_map)
     evaluation.add(scores.metrics)
     material = evaluation.material
     material.probabilities, material.labels, material.predictions = scores.probabilities, scores.labels, scores.predictions
@@ -219,38 +204,52 @@ def plotted(row: dict[str, Any]) -> dict[str, Any]:
 
 def distributions(evaluation: Evaluation) -> None:
     """FID, KID and their kin, overall and by class, and the audit, which looks at the same features."""
-    import numpy as np
-
-    from medsd.data.dataset import available_splits, load_dataset
     from medsd.data.transforms import column
     from medsd.evaluation.distribution import by_class, distribution_metrics
     from medsd.inference.auditing import unit_images
     from medsd.inference.extractors import extract
-    from medsd.inference.judging import judged_labels, matching_places
-    from medsd.training.discriminative import chosen_extractor
 
-    config, pipe, judged = evaluation.config, evaluation.pipe, evaluation.generated
-    extractor = chosen_extractor(config.features, pipe)
+    config, pipe, judged, extractor = evaluation.config, evaluation.pipe, evaluation.generated, evaluation.extractor
     real, generated = (extract(extractor, batches) for batches in (unit_images(pipe, evaluation.rows)(), judged.batches()))
     patients = column(evaluation.rows, "patient_id").to_pylist()
-    other = other_labels = other_patients = training = None
-    if "train" in available_splits(config.dataset_name):
-        training = load_dataset(config.dataset_name, "train")
-        labels = judged_labels(pipe, training)
-        places = matching_places(labels, np.bincount(judged.labels, minlength=len(judged.class_names)), config.seed)
-        if len(places):
-            other, other_labels = extract(extractor, unit_images(pipe, training.select(places))()), labels[places]
-            other_patients = column(training.select(places), "patient_id").to_pylist()
-    evaluation.add(distribution_metrics(generated, real, patients, other, other_patients, seed=config.seed))
+    rows, labels = floor_images(evaluation)
+    other = extract(extractor, unit_images(pipe, rows)()) if rows else None
+    others = column(rows, "patient_id").to_pylist() if rows else None
+    evaluation.add(distribution_metrics(generated, real, patients, other, others, seed=config.seed))
     if len(pipe.class_names) > 1:
         sides = (generated, judged.labels, real, evaluation.labels)
-        evaluation.add(by_class(*sides, patients, pipe.class_names, other, other_labels, other_patients, seed=config.seed))
+        evaluation.add(by_class(*sides, patients, pipe.class_names, other, labels, others, seed=config.seed))
     evaluation.material.features = {"real": (real.values, evaluation.labels), "generated": (generated.values, judged.labels)}
-    audit(evaluation, extractor, generated, training)
+    audit(evaluation, generated)
 
 
-def audit(evaluation: Evaluation, extractor: "Extractor", generated: "Features", training: Any) -> None:
+def floor_split(config: EvaluateConfig) -> str:
+    """The other real images are training images, but for a ResNet that has learnt these, whose features set them apart."""
+    from medsd.data.dataset import INFO_FILE, load_info
+
+    judge = Path(config.features)
+    learnt = (judge / INFO_FILE).is_file() and load_info(judge).fingerprint == load_info(config.dataset_name).fingerprint
+    return ("test" if config.split == "validation" else "validation") if learnt else "train"
+
+
+def floor_images(evaluation: Evaluation) -> "tuple[Any, np.ndarray | None]":
+    """Other real images, as many of each class as were generated, and their classes; none where there is no such split."""
+    import numpy as np
+
+    from medsd.data.dataset import available_splits
+    from medsd.inference.judging import judged_rows, matching_places
+
+    config, judged = evaluation.config, evaluation.generated
+    if floor_split(config) not in available_splits(config.dataset_name):
+        return None, None
+    rows, labels = judged_rows(evaluation.pipe, config.dataset_name, floor_split(config), config.label_map)
+    places = matching_places(labels, np.bincount(judged.labels, minlength=len(judged.class_names)), config.seed)
+    return (rows.select(places), labels[places]) if len(places) else (None, None)
+
+
+def audit(evaluation: Evaluation, generated: "Features") -> None:
     """Copies of training images among the generated ones, where the data is what the pipeline was trained on."""
+    from medsd.data.dataset import load_dataset
     from medsd.data.transforms import column, training_rows
     from medsd.inference.auditing import (
         Seen,
@@ -267,13 +266,14 @@ def audit(evaluation: Evaluation, extractor: "Extractor", generated: "Features",
     from medsd.inference.folder import trained_on
     from medsd.report.images import suspects
 
-    config, pipe, judged = evaluation.config, evaluation.pipe, evaluation.generated
+    config, pipe, judged, extractor = evaluation.config, evaluation.pipe, evaluation.generated, evaluation.extractor
     why = no_audit(pipe, config.dataset_name)
     if why:
         print(f"no audit: {why}")
         evaluation.leave_out(f"{why[0].upper()}{why[1:]}.", "audit")
         return
-    training, held_out = training_rows(training, *trained_on(Path(config.pipeline))), held_out_rows(config.dataset_name)
+    training = training_rows(load_dataset(config.dataset_name, "train"), *trained_on(Path(config.pipeline)))
+    held_out = held_out_rows(config.dataset_name)
     images, others = unit_images(pipe, training), unit_images(pipe, held_out)
     samples = Seen.of(extractor, judged.batches, features=generated.values)
     known = Seen.of(extractor, images, column(training, "patient_id").to_pylist())
@@ -301,10 +301,14 @@ def reconstructions(evaluation: Evaluation) -> None:
 
 def likelihood(evaluation: Evaluation) -> None:
     """Bits per dimension of real images, where the model has a likelihood of pixels."""
+    from medsd.data.dataset import load_info
+    from medsd.data.matching import labels_in
     from medsd.inference.judging import bits_metrics
 
+    pipe, config = evaluation.pipe, evaluation.config
     rows = evaluation.rows.select(range(0, len(evaluation.rows), -(-len(evaluation.rows) // BOUND_IMAGES)))
-    found = bits_metrics(evaluation.pipe, rows, BOUND_PAIRS)
+    names = load_info(config.dataset_name).class_names
+    found = bits_metrics(pipe, rows, labels_in(pipe.data, rows, names, config.label_map), BOUND_PAIRS)
     if found is None:
         evaluation.leave_out("An autoencoder has no likelihood of pixels, and images of fractions none in bits.", "bits_per_dim")
     else:
@@ -349,11 +353,15 @@ def finish(evaluation: Evaluation) -> None:
     """Write the folder of the report, and the audit into the pipeline's folder too; say what matters."""
     import shutil
 
+    from medsd.data.transforms import column
+    from medsd.inference.folder import training_patients
     from medsd.output import replacing, write_text
     from medsd.report.collect import read_curves, read_environment, read_sweep, run_facts
     from medsd.report.page import write_report
 
     config, material, run_folder = evaluation.config, evaluation.material, Path(evaluation.config.pipeline)
+    seen = training_patients(run_folder) & set(column(evaluation.rows, "patient_id").to_pylist())
+    evaluation.metrics["n_training_patients"] = len(seen)
     evaluation.metrics |= {"sampling": {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}}
     material.metrics = evaluation.metrics
     material.facts = run_facts(evaluation.pipe, run_folder, config.dataset_name)
@@ -383,6 +391,8 @@ def say(evaluation: Evaluation) -> None:
     if found is not None:
         rate = f"{found['flagged']} of {found['samples']} flagged, {found['false_positive_rate']:.1%} expected of images that are no copies"
         print(f"audit {found['verdict']}: {rate}; {found['copies']} copies; membership AUROC {found['membership_auroc']:.3f}")
+    if seen := metrics["n_training_patients"]:
+        print(f"warning: {seen} patients of the real images are among those that the pipeline was trained on: name others with --split")
     print(f"report in {Path(evaluation.config.output_dir) / 'report.html'}")
 
 

@@ -1,6 +1,7 @@
 """Generated images to be judged: how many of each class, and what the audit says of a pipeline's folder."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from medsd.inference.extractors import extract, load_extractor
 from medsd.inference.folder import pipeline_sha256
 from medsd.inference.gallery import Gallery
 from medsd.inference.generating import Sampling
-from medsd.inference.judging import APART, Judged, judged_labels, matching_places, plan_samples
+from medsd.inference.judging import APART, Judged, judged_rows, matching_places, plan_samples
 from medsd.training.fitting import adopt
 
 
@@ -120,7 +121,6 @@ def test_prompts_are_each_image_s_own(pipe, phantom_data):
     prompts = own_prompts(pipe, row_labels(rows))
     assert prompts == list(rows["prompt"])
     assert own_prompts(pipe, np.array([-1])) == [""]
-    assert judged_labels(pipe, rows).tolist() == list(rows["label"])
 
 
 def test_a_mean_s_interval_goes_by_patient():
@@ -131,3 +131,17 @@ def test_a_mean_s_interval_goes_by_patient():
     assert by_patient["x"] == by_image["x"] == pytest.approx(values.mean())
     assert np.diff(by_patient["x_ci"]) > 1.5 * np.diff(by_image["x_ci"])
     assert mean_with_interval("x", values, ["a"] * 200)["x_ci"] is None
+
+
+def test_images_are_judged_in_the_pipeline_s_classes(pipe, phantom_data, tmp_path):
+    rows, labels = judged_rows(pipe, str(phantom_data), "test")
+    assert labels.tolist() == list(load_dataset(phantom_data, "test")["label"]) == list(rows["label"])
+    shutil.copytree(phantom_data, tmp_path / "data")
+    names = load_info(phantom_data).class_names
+    others = ["hygroma", *names[:0:-1]]  # None of ours, and the rest the other way round.
+    info = json.loads((tmp_path / "data/medsd.json").read_text())
+    (tmp_path / "data/medsd.json").write_text(json.dumps(info | {"class_names": others}))
+    known, labels = judged_rows(pipe, str(tmp_path / "data"), "test")
+    assert [others[label] for label in known["label"]] == [names[label] for label in labels]
+    assert len(known) == sum(label > 0 for label in rows["label"])
+    assert len(judged_rows(pipe, str(tmp_path / "data"), "test", [f"hygroma={names[0]}"])[0]) == len(rows)

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from medsd import MedSDPipeline
 from medsd.config import ClassifyConfig, EvaluateConfig
-from medsd.data.dataset import load_info
+from medsd.data.dataset import load_dataset, load_info
+from medsd.data.phantom import write_phantom
+from medsd.data.prepare import PrepareOptions, prepare_phantom
 from medsd.errors import InputError
 from medsd.inference.folder import pipeline_sha256
 from medsd.training.fitting import adopt
@@ -144,11 +147,41 @@ def test_what_cannot_be_judged_is_refused(config, run, tmp_path):
         evaluate.main(replace(config, output_dir=str(tmp_path / "b"), dataset_name=str(other)))
 
 
-def test_other_data_is_judged_without_an_audit(config, run, tmp_path, capsys):
+def test_other_data_with_other_names_is_judged_without_an_audit(config, run, tmp_path, capsys, monkeypatch):
     other = tmp_path / "data"
     shutil.copytree(config.dataset_name, other)
     info = json.loads((other / "medsd.json").read_text())
-    (other / "medsd.json").write_text(json.dumps(info | {"fingerprint": "0" * 64}))
-    small = replace(config, output_dir=str(tmp_path / "out"), dataset_name=str(other), scores=str(run / "nothing"), num_samples=12)
-    evaluate.main(small)
-    assert "no audit" in capsys.readouterr().out and not (tmp_path / "out/audit.json").exists()
+    names = [f"a {name}" for name in info["class_names"]]
+    (other / "medsd.json").write_text(json.dumps(info | {"fingerprint": "0" * 64, "class_names": names}))
+    patients = set(load_dataset(str(other), "test")["patient_id"])
+    monkeypatch.setattr("medsd.inference.folder.training_patients", lambda folder: {*list(patients)[:2], "another"})
+    small = replace(config, output_dir=str(tmp_path / "out"), dataset_name=str(other), num_samples=12)
+    with pytest.raises(InputError, match="--label_map"):
+        evaluate.main(small)
+    evaluate.main(replace(small, label_map=tuple(f"{name}={ours}" for name, ours in zip(names, info["class_names"], strict=True))))
+    said = capsys.readouterr().out
+    assert "no audit" in said and "2 patients" in said and not (tmp_path / "out/audit.json").exists()
+    there, here = (json.loads((folder / "metrics.json").read_text()) for folder in (run / "scores", tmp_path / "out"))
+    assert there["auroc"] == here["auroc"] and here["fid"] > 0 and "fid/epidural" in here
+
+
+KINDS = {"findings": {"multi_label": True}, "images with masks, in latents": {"mask_channel": True}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_data(kind, tmp_path):
+    write_phantom(tmp_path / "dicom", patients=24, slices=4, size=64, multi_label=kind == "findings")
+    prepare_phantom(tmp_path / "data", PrepareOptions(resolution=32, num_workers=0, **KINDS[kind]), tmp_path / "dicom")
+    info = load_info(tmp_path / "data")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(2, 2, block_out_channels=(32, 32), latent_channels=4, **blocks) if "latents" in kind else None
+    pipe = MedSDPipeline.from_preset("tiny", info, vae, pixel_std=0.5)
+    adopt(pipe, info)
+    pipe.save_pretrained(tmp_path / "unet")
+    flags = {name: str(tmp_path / name) for name in ("scores", "sweep")} | {"num_samples": 12, "num_inference_steps": 2}
+    evaluate.main(EvaluateConfig(str(tmp_path / "unet"), str(tmp_path / "data"), output_dir=str(tmp_path / "out"), **flags))
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["fid"] > 0 and (metrics["bits_per_dim"] is None) == (metrics["psnr"] is not None) == (vae is not None)
+    assert {f"fid/{name}" for name in info.class_names} <= metrics.keys()
+    assert json.loads((tmp_path / "out/audit.json").read_text())["samples"] == metrics["n_generated"] >= 10

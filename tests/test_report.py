@@ -390,6 +390,12 @@ def test_a_number_that_is_none_is_a_dash():
     assert "<td>&ndash;</td>" in numbers_table("All", {"fid": float("nan")}, Notes())
 
 
+def test_an_audit_that_is_left_out_says_why(tmp_path):
+    metrics = {"audit": None, "reasons": {"audit": "Trained on <other> data."}}
+    page = write_report(tmp_path, Material(title="a", class_names=["a"], metrics=metrics)).read_text()
+    assert "<p>No audit: Trained on &lt;other&gt; data.</p>" in page and 'id="audit"' in page
+
+
 def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path, material):
     write_report(tmp_path, Material(title="old", class_names=["a"], grids={"real": np.zeros((1, 1, 8, 8), np.uint8)}))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

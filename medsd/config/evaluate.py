@@ -17,6 +17,8 @@ class EvaluateConfig(RecipeConfig):
     """Pipeline folder or Hub id."""
     dataset_name: str = "runs/{name}/data"
     """Prepared data folder or Hub id: the one that the pipeline was trained on, or the audit is left out."""
+    label_map: tuple[str, ...] = ()
+    """Classes of the data that the pipeline knows by another name: THEIRS=OURS ..."""
     split: Literal["validation", "test"] = "test"
     """Split whose images are the real ones."""
     output_dir: str = "runs/{name}/report"

@@ -1,6 +1,6 @@
 """Another data set in the words of a pipeline: which of its rows to score, and what they show in the pipeline's classes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,16 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str], label_map: Sequenc
     return matched
 
 
-def labels_in(pipeline: DataInfo, rows: Any, names: Sequence[str], matched: Mapping[str, str]) -> np.ndarray:
+def labels_in(pipeline: DataInfo, rows: Any, names: Sequence[str], label_map: Sequence[str] = ()) -> np.ndarray:
     """What rows with the classes `names` show, in the pipeline's order: class indices `(N,)`, -1 where that is not known; or findings
-    `(N, K)` of 0 and 1, -1 for one that the data set does not know."""
+    `(N, K)` of 0 and 1, -1 for one that the data set does not know. All -1 for a pipeline without classes.
+
+    Raises InputError as `match_classes` does.
+    """
     labels, ours = row_labels(rows), pipeline.class_names
+    if not ours:
+        return np.full(len(rows), -1)
+    matched = match_classes(names, ours, label_map)
     if labels.ndim == 1 and not pipeline.multi_label:
         order = [ours.index(matched[name]) if name in matched else -1 for name in names]
         return np.array([*order, -1])[labels]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pyarrow.parquet
 from PIL import Image
 
 from medsd.data.dataset import available_splits, load_dataset, load_info
+from medsd.data.matching import labels_in
 from medsd.data.metadata import FACT_COLUMNS
-from medsd.data.transforms import column, row_labels
+from medsd.data.transforms import column
 from medsd.errors import InputError
 from medsd.evaluation.subgroups import subgroup_metrics
+from medsd.inference.folder import trained_on, training_config
 from medsd.inference.parts import answers_in
 from medsd.inference.pipeline import MedSDPipeline
 
@@ -37,8 +40,18 @@ class ReadScores:
     evidence: list[tuple[np.ndarray, str]] = field(default_factory=list)
 
 
-def read_scores(folder: Path, dataset_name: str, class_names: list[str]) -> ReadScores:
-    """Scores of images of a data set; raises InputError for another pipeline's, or another data set's."""
+def no_scores(folder: Path, pipe: MedSDPipeline) -> str:
+    """Why a folder has no scores of this pipeline; empty where it has. Older scores do not say whose they are, and are believed."""
+    record = folder / "metrics.json"
+    if not record.is_file() or not pipe.class_names:
+        return "No scores were given: run classify.py and name its folder with --scores."
+    of = json.loads(record.read_text()).get("pipeline")
+    return "" if of in {None, pipe.fingerprint()} else "The scores are another pipeline's: run classify.py with this one."
+
+
+def read_scores(folder: Path, pipe: MedSDPipeline, dataset_name: str, label_map: Sequence[str] = ()) -> ReadScores:
+    """A pipeline's scores of images of a data set; raises InputError for another pipeline's, or another data set's."""
+    class_names = pipe.class_names
     table = pyarrow.parquet.read_table(folder / "likelihoods.parquet")
     missing = [name for name in class_names if f"prob/{name}" not in table.column_names]
     if missing:
@@ -47,7 +60,8 @@ def read_scores(folder: Path, dataset_name: str, class_names: list[str]) -> Read
         )
     keys = table["key"].to_pylist()
     rows = _rows_of(dataset_name, keys, folder)
-    labels, patients = row_labels(rows), column(rows, "patient_id").to_pylist()
+    labels = labels_in(pipe.data, rows, load_info(dataset_name).class_names, label_map)
+    patients = column(rows, "patient_id").to_pylist()
     probabilities = np.stack([table[f"prob/{name}"].to_numpy() for name in class_names], 1)
     facts = {name: column(rows, name).to_pylist() for name in FACT_COLUMNS if name in rows.column_names}
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -91,11 +105,11 @@ def run_facts(pipe: MedSDPipeline, run: Path, dataset_name: str) -> dict[str, st
 
 
 def _training_facts(run: Path) -> dict[str, str]:
-    import yaml
-
-    file = run / "config.yaml"
-    config = yaml.safe_load(file.read_text()).get("finetune_unet", {}) if file.is_file() else {}
-    facts = {}
+    config, facts = training_config(run), {}
+    share, most, _ = trained_on(run)
+    if share is not None or most is not None:
+        limits = [f"{share:.0%} of the patients"] * (share is not None) + [f"at most {most} images"] * (most is not None)
+        facts["Learnt from"] = ", ".join(limits)
     if config:
         batch = config["train_batch_size"] * config["gradient_accumulation_steps"]
         facts["Training"] = f"{config['max_train_steps']} updates of {batch} images a process, seed {config['seed']}"

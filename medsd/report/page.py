@@ -97,7 +97,7 @@ def _sections(material: Material) -> tuple[list[tuple[str, str, str]], dict[str,
     """Anchor, heading and HTML of each section that has something in it, and the figures' PNG files by name."""
     notes, found, pictures = Notes(), [("facts", "What was trained on what", facts_table("The run", material.facts))], {}
     found.append(("numbers", "Numbers", _numbers(material, notes)))
-    audit = numbers_table("Audit", material.audit or {}, notes)
+    audit = numbers_table("Audit", material.audit, notes) if material.audit else _no_audit(material)
     for anchor, (heading, sentence, make) in SECTIONS.items():
         shown = []
         for chart in make(material):
@@ -109,6 +109,11 @@ def _sections(material: Material) -> tuple[list[tuple[str, str, str]], dict[str,
     found.append(("environment", "Environment", facts_table("Versions, machine and cost", material.environment)))
     found.append(("notes", "Why numbers are missing", notes.html()))
     return [section for section in found if section[2]], pictures
+
+
+def _no_audit(material: Material) -> str:
+    why = material.metrics.get("reasons", {}).get("audit")
+    return f"<p>No audit: {escape(why)}</p>" if why else ""
 
 
 def _numbers(material: Material, notes: Notes) -> str:

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from medsd.data.dataset import available_splits, load_dataset
+from medsd.data.dataset import available_splits, load_dataset, load_info
 from medsd.data.intensity import label_channels
 from medsd.data.transforms import column
 from medsd.errors import InputError
 from medsd.evaluation.resampling import together
 from medsd.inference.auditing import unit_images
-from medsd.inference.judging import Judged, judged_labels, matching_places
+from medsd.inference.judging import Judged, judged_rows, matching_places
 from medsd.inference.pipeline import MedSDPipeline
 from medsd.training.discriminative import read_labelled, resnet_of
 from medsd.training.segmentation import Pairs, check_segmentation, mask_labels, segmentation_utility
@@ -22,11 +22,13 @@ NEEDED = ("train", "validation", "test")
 
 
 def check_utility(pipe: MedSDPipeline, dataset_name: str) -> None:
-    """Raise InputError where nothing can be learnt: a split is missing, or there are no classes that exclude each other."""
+    """Raise InputError where a split is missing, or the data's classes are not the pipeline's, or do not exclude each other."""
     if missing := set(NEEDED) - set(available_splits(dataset_name)):
         raise InputError(f"--utility trains and tests on real images too, and {dataset_name} has no {sorted(missing)[0]} split")
     if pipe.data.multi_label or len(pipe.class_names) < 2:
         raise InputError("--utility is for two or more classes that exclude each other: leave it away")
+    if load_info(dataset_name).class_names != pipe.class_names:
+        raise InputError(f"--utility is for data with the classes of the pipeline in its order, not for {dataset_name}: leave it away")
     if mask_labels(pipe.data.intensity_map):
         check_segmentation(pipe.data.resolution)
 
@@ -61,7 +63,8 @@ def _segmentation(
 ) -> dict[str, Any]:
     labels = mask_labels(pipe.data.intensity_map)
     rows = {split: load_dataset(dataset_name, split) for split in NEEDED}
-    rows["train"] = rows["train"].select(matching_places(judged_labels(pipe, rows["train"]), wanted, seed))
+    training, shown = judged_rows(pipe, dataset_name, "train")
+    rows["train"] = training.select(matching_places(shown, wanted, seed))
     real = {split: Pairs.of(torch.cat(list(unit_images(pipe, some)())), labels) for split, some in rows.items()}
     patients = column(rows["test"], "patient_id").to_pylist()
     return segmentation_utility(Pairs.of(images, labels), *(real[split] for split in NEEDED), patients, labels, seed, progress=progress)
