@@ -22,8 +22,9 @@ from medsd.inference.pipeline import MedSDPipeline
 from medsd.models.resnet import ResNet
 from medsd.output import writing
 from medsd.runtime import cache_folder
+from medsd.training.patience import train_until_stale
 
-EPOCHS, PATIENCE, BATCH = 60, 20, 32
+EPOCHS, BATCH = 60, 32
 QUICK_EPOCHS, QUICK_UPDATES = 10, 600
 """Enough for features that tell the classes: at least so many epochs, and updates."""
 SCORED_AT_ONCE = 128
@@ -66,7 +67,7 @@ def read_labelled(dataset_name: str, split: str, resolution: int | None = None) 
 def fit_resnet(
     train: Labelled, validation: Labelled, classes: int, seed: int, epochs: int = EPOCHS, progress: Callable[[], Any] = lambda: None
 ) -> ResNet:
-    """With shift and rotation, until `PATIENCE` epochs have not lowered the validation NLL after temperature scaling; the best's weights.
+    """With shift and rotation, until the validation NLL after temperature scaling no longer falls (`train_until_stale`).
 
     Not by AUROC: on few validation images it can be highest before anything is learnt. `progress` is called after each epoch.
     """
@@ -77,9 +78,9 @@ def fit_resnet(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * max(1, len(train) // BATCH))
     change = Augmentation(shift=train.images.shape[-1] // 16, rotation=10.0)
-    labels, best, kept, stale = torch.from_numpy(train.labels), float("inf"), {}, 0
-    for _ in range(epochs):
-        model.train()
+    labels = torch.from_numpy(train.labels)
+
+    def epoch() -> None:
         order = torch.randperm(len(labels), generator=draws)
         for chosen in order[: max(1, len(order) // BATCH) * BATCH].split(BATCH):
             loss = F.cross_entropy(model(change(train.images[chosen], draws)), labels[chosen])
@@ -87,16 +88,12 @@ def fit_resnet(
             loss.backward()
             optimizer.step()
             schedule.step()
+
+    def held_out_loss() -> float:
         answers, scores = answers_of(validation, classes), logits(model, validation.images)
-        nll = answers.loss(scores / fit_temperature(scores, answers)[0])
-        progress()
-        stale = 0 if nll < best else stale + 1
-        if nll < best:
-            best, kept = nll, {name: value.clone() for name, value in model.state_dict().items()}
-        if stale >= PATIENCE:
-            break
-    model.load_state_dict(kept)
-    return model.eval()
+        return answers.loss(scores / fit_temperature(scores, answers)[0])
+
+    return train_until_stale(model, epochs, epoch, held_out_loss, progress)
 
 
 def quick_epochs(images: int) -> int:

@@ -14,9 +14,10 @@ from medsd.data.transforms import Augmentation
 from medsd.errors import InputError
 from medsd.evaluation.overlap import dice_metrics
 from medsd.evaluation.resampling import together
+from medsd.training.patience import train_until_stale
 
 WIDTHS = (16, 32, 64, 128)
-EPOCHS, PATIENCE, BATCH = 60, 20, 32
+EPOCHS, BATCH = 60, 32
 SEGMENTED_AT_ONCE = 128
 
 
@@ -86,7 +87,7 @@ def segmentation_utility(
 def fit_unet(
     train: Pairs, validation: Pairs, labels: int, seed: int, epochs: int = EPOCHS, progress: Callable[[], Any] = lambda: None
 ) -> nn.Module:
-    """With shift and rotation, until `PATIENCE` epochs have not lowered the validation loss, Dice and cross-entropy; the best's weights.
+    """With shift and rotation, until the validation loss, Dice and cross-entropy, no longer falls (`train_until_stale`).
 
     `progress` is called after each epoch. Raises InputError as `check_segmentation` does.
     """
@@ -95,24 +96,16 @@ def fit_unet(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     change = Augmentation(shift=train.images.shape[-1] // 16, rotation=10.0, label_channels=1)
     stacked = torch.cat([train.images, train.masks[:, None].float()], 1)
-    best, kept, stale = float("inf"), {}, 0
-    for _ in range(epochs):
-        model.train()
+
+    def epoch() -> None:
         for chosen in torch.randperm(len(train), generator=draws).split(BATCH):
             batch = change(stacked[chosen], draws)
             loss = loss_of(model(batch[:, :-1]), batch[:, -1:])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        reached = _held_out_loss(model, validation, loss_of)
-        progress()
-        stale = 0 if reached < best else stale + 1
-        if reached < best:
-            best, kept = reached, {name: value.clone() for name, value in model.state_dict().items()}
-        if stale >= PATIENCE:
-            break
-    model.load_state_dict(kept)
-    return model.eval()
+
+    return train_until_stale(model, epochs, epoch, lambda: _held_out_loss(model, validation, loss_of), progress)
 
 
 @torch.no_grad()
