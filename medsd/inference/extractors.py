@@ -169,8 +169,8 @@ def extract(
     """Features of images `(N, C, H, W)` in `[-1, 1]`, all at once or in batches.
 
     Args:
-        batch_size: images that the extractor sees at once: always so many, the last ones with copies, so that a row's bits depend on
-            neither the number nor the order of the other images.
+        batch_size: images that the extractor sees at once: always so many, the last ones with copies, so that the number and the order of
+            the other images change a row by rounding at most.
         progress: called with the number of images of each batch.
 
     Raises InputError where there is no image, or where features are not finite.
