@@ -14,29 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.linalg import sqrtm
 
 from medsd import MedSDPipeline
-from medsd.models.resnet import ResNet
+from medsd.evaluation.distribution import frechet_distance
+from medsd.inference.extractors import ResNetFeatures, extract
 from medsd.training.discriminative import Labelled, fit_resnet, read_labelled
 
 METRICS = ("auroc", "balanced_accuracy", "nll", "ece", "rows_per_image")
 DRAWN_AT_ONCE = 50
 EPOCHS = 6
 """Of the ResNet: enough to tell the classes."""
-
-
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of features `(N, D)` and `(M, D)`."""
-    covariances = [np.cov(features, rowvar=False) for features in (first, second)]
-    between = ((first.mean(0) - second.mean(0)) ** 2).sum()
-    return float(between + np.trace(sum(covariances) - 2 * sqrtm(covariances[0] @ covariances[1]).real))
-
-
-@torch.no_grad()
-def features(model: ResNet, images: torch.Tensor) -> np.ndarray:
-    """`(N, D)` float64."""
-    return torch.cat([model.maps(part).mean((2, 3)) for part in images.split(128)]).double().numpy()
 
 
 def drawn(pipe: MedSDPipeline, labels: np.ndarray, guidance: float) -> torch.Tensor:
@@ -50,7 +37,7 @@ def drawn(pipe: MedSDPipeline, labels: np.ndarray, guidance: float) -> torch.Ten
     return 2 * torch.cat(found) - 1
 
 
-def row(pipeline: str, test: Labelled, model: ResNet, real: np.ndarray, guidance: float) -> dict[str, float]:
+def row(pipeline: str, test: Labelled, judge: ResNetFeatures, real: np.ndarray, guidance: float) -> dict[str, float]:
     scores = json.loads(Path(f"{pipeline}-scores", "metrics.json").read_text())
     environment = json.loads(Path(pipeline, "environment.json").read_text())
     pipe = MedSDPipeline.from_pretrained(pipeline)
@@ -58,7 +45,7 @@ def row(pipeline: str, test: Labelled, model: ResNet, real: np.ndarray, guidance
     found = {name: scores[name] for name in METRICS}
     found |= {f"{name}_ci": scores[f"{name}_ci"] for name in METRICS[:2]}
     found["images_per_second"] = environment["profile"]["images_per_second"]
-    return found | {"fid": frechet_distance(features(model, drawn(pipe, test.labels, guidance)), real)}
+    return found | {"fid": frechet_distance(extract(judge, drawn(pipe, test.labels, guidance)).values, real)}
 
 
 def main() -> None:
@@ -69,10 +56,11 @@ def main() -> None:
     options = parser.parse_args()
     parts = {split: read_labelled(options.dataset_name, split) for split in ("train", "validation", "test")}
     model = fit_resnet(parts["train"], parts["validation"], int(parts["train"].labels.max()) + 1, seed=0, epochs=EPOCHS)
-    real = features(model, parts["test"].images)
-    print({"fid floor": round(frechet_distance(features(model, parts["validation"].images), real), 4)}, flush=True)
+    judge = ResNetFeatures(model, "resnet")
+    real = extract(judge, parts["test"].images).values
+    print({"fid floor": round(frechet_distance(extract(judge, parts["validation"].images).values, real), 4)}, flush=True)
     for pipeline in options.pipelines:
-        found = row(pipeline, parts["test"], model, real, options.guidance_scale)
+        found = row(pipeline, parts["test"], judge, real, options.guidance_scale)
         print(pipeline, {name: np.round(value, 4).tolist() for name, value in found.items()}, flush=True)
 
 

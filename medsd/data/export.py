@@ -87,19 +87,17 @@ def to_16_bits(image: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.rint((np.clip(image.astype(np.float64), low, high) - low) * (LARGEST_STORED / (high - low))).astype(np.uint16)
 
 
-def write_nifti(path: Path, image: np.ndarray, description: str, spacing: tuple[float, float] | None = None) -> None:
+def write_nifti(path: Path, image: np.ndarray, description: str) -> None:
     """An image `(C, H, W)` as one axial slice, `(W, H, 1)` or `(W, H, 1, C)` float32, which comes back as it was.
 
-    `spacing` is (row, column) distance in mm; without it the file says that its unit is unknown. The description is cut to 79 bytes.
-    A name that ends in .gz is compressed.
+    Its pixels' distances are not known, and the file says so. The description is cut to 79 bytes. A name that ends in .gz is compressed.
     """
     import nibabel
 
-    row, column = spacing or (1.0, 1.0)
     turned = image.astype(np.float32).swapaxes(1, 2)[:, ::-1, ::-1, None]
     voxels = turned[0] if len(image) == 1 else np.moveaxis(turned, 0, -1)
-    nifti = nibabel.Nifti1Image(np.ascontiguousarray(voxels), np.diag([column, row, 1.0, 1.0]))
-    nifti.header.set_xyzt_units("mm" if spacing else "unknown")
+    nifti = nibabel.Nifti1Image(np.ascontiguousarray(voxels), np.eye(4))
+    nifti.header.set_xyzt_units("unknown")
     nifti.header["descrip"] = description.encode("ascii", "replace")[:79]
     content = nifti.to_bytes()
     path.write_bytes(gzip.compress(content, mtime=0) if path.name.endswith(".gz") else content)

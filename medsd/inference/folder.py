@@ -243,11 +243,12 @@ def locate_base(base: Base, run: Path) -> Base:
 
 def trained_on(folder: Path) -> tuple[float | None, int | None, int]:
     """What of the training split a local pipeline saw: arguments of `medsd.data.transforms.training_rows`, as its run recorded them."""
-    config = _training_config(folder)
+    config = training_config(folder)
     return config.get("train_fraction"), config.get("max_train_samples"), config.get("seed", 0)
 
 
-def _training_config(folder: Path) -> dict[str, Any]:
+def training_config(folder: Path) -> dict[str, Any]:
+    """The flags that a local pipeline was trained with; empty where it has no record of them."""
     import yaml
 
     recorded = folder / "config.yaml"
@@ -256,7 +257,7 @@ def _training_config(folder: Path) -> dict[str, Any]:
 
 def training_patients(folder: Path) -> set[str]:
     """Patients that a pipeline was trained on, as far as its training data is still where it was."""
-    data = _training_config(folder).get("dataset_name")
+    data = training_config(folder).get("dataset_name")
     try:
         if not data or not Path(data).is_dir():
             return set()

@@ -51,7 +51,7 @@ class Gallery:
         """Make the folder, or keep one of the same settings; returns the number of images that are drawn already."""
         record = self.work / SETTINGS
         if not record.is_file() or record.read_text() != self.settings:
-            if self.lines():
+            if self.done():
                 print(f"images of a stopped run with other settings are discarded ({self.work})")
             shutil.rmtree(self.work, ignore_errors=True)
             self.records.mkdir(parents=True)

@@ -215,7 +215,7 @@ def _number(value: Any) -> float | None:
 
 
 def audit_distances(samples: ArrayLike, held_out: ArrayLike, threshold: float, quantity: str = "distance to the nearest") -> "Figure":
-    """How near generated images `(M,)` and held-out real ones `(N,)` come to training images, and the threshold of a copy."""
+    """How near generated images `(M,)` and held-out real ones `(N,)` come to training images; below the threshold one is flagged."""
     figure, axes = axes_of(3.4, "Nearest training image")
     samples, held_out = np.asarray(samples, float), np.asarray(held_out, float)
     bins = np.histogram_bin_edges(np.concatenate([samples, held_out, [threshold]]), 40)

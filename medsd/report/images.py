@@ -45,7 +45,7 @@ def _grid(views: list[np.ndarray], drawn: np.ndarray, classes: int) -> np.ndarra
 
 
 def denoising_strips(pipe: MedSDPipeline, judged: Judged, sampling: Sampling) -> np.ndarray:
-    """The first image of each class, `(K, frames, H, W[, 3])` uint8 from noise on."""
+    """An image of each class, `(K, frames, H, W[, 3])` uint8 from noise on."""
     films = [draw_batch(pipe, name, [0], sampling, filmed=1).frames[0] for name in judged.class_names]
     steps = np.unique(np.linspace(0, len(films[0]) - 1, FRAMES).round().astype(int))
     return np.stack([[shown(film[step]) for step in steps] for film in films])
