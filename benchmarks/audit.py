@@ -1,9 +1,10 @@
 """What the audit finds: copies of a model that was overfit, copies that were planted, and false alarms where nothing can have been copied.
 
-    accelerate launch recipes/finetune_unet.py --max_train_samples 16 --max_train_steps 3000 --output_dir runs/phantom/overfit
+    accelerate launch recipes/finetune_unet.py --max_train_samples 16 --max_train_steps 8000 --output_dir runs/phantom/overfit
     python benchmarks/audit.py --pipeline runs/phantom/unet --overfit runs/phantom/overfit
 
-*Unseen*: samples of `--pipeline` against the patients of the test split as if it had been trained on them, those of validation held out.
+*Unseen*: samples of `--pipeline` against the patients of the test split as if it had been trained on them, those of validation held out,
+and the other way round.
 *Planted*: 5 % of its samples are replaced by training images that are mirrored, brighter, or moved by 4 px. *Overfit*: samples of
 `--overfit` against the whole training split, of which it saw 16 images. Validation and test patients are held out in the last two.
 """
@@ -33,13 +34,13 @@ CHANGES = {
 
 
 def samples_of(pipe: MedSDPipeline, count: int, seed: int) -> torch.Tensor:
-    """`count` images, the classes alike."""
-    each = -(-count // max(1, len(pipe.class_names)))
-    starts, sampling = range(0, each, AT_ONCE), Sampling(seed=seed)
+    """`count` images, the classes alike, each from noise of its own."""
+    names = pipe.class_names or [None]
+    each = -(-count // len(names))
     parts = [
-        draw_batch(pipe, name, range(start, min(start + AT_ONCE, each)), sampling).images
-        for name in pipe.class_names or [None]
-        for start in starts
+        draw_batch(pipe, name, range(start, min(start + AT_ONCE, first + each)), Sampling(seed=seed)).images
+        for name, first in zip(names, range(0, each * len(names), each), strict=True)
+        for start in range(first, first + each, AT_ONCE)
     ]
     return torch.cat(parts)[:count]
 
@@ -73,8 +74,9 @@ def main() -> None:
         some.set_progress_bar_config(disable=True)
 
     samples = samples_of(pipe, options.samples, seed=1000)
-    _, summary = flagged(pipe, samples, test, validation, options.rate)
-    print(json.dumps({"run": "unseen"} | summary), flush=True)
+    for against, held_out in ((test, validation), (validation, test)):
+        _, summary = flagged(pipe, samples, against, held_out, options.rate)
+        print(json.dumps({"run": "unseen"} | summary), flush=True)
 
     count = round(PLANTED * len(samples))
     chosen = train.select(np.random.default_rng(0).choice(len(train), count, replace=False))
