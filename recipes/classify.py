@@ -318,7 +318,7 @@ def finish(
         (made / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     parts.remove()
     foreign = load_info(config.dataset_name).fingerprint != pipe.data.fingerprint
-    say(metrics, config, training_patients(Path(config.pipeline)) & set(table["patient_id"].to_pylist()) if foreign else set())
+    say(metrics, config, (training_patients(Path(config.pipeline)) or set()) & set(table["patient_id"].to_pylist()) if foreign else set())
 
 
 def measure(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 BOUND_IMAGES, BOUND_PAIRS = 32, 64
 """Held-out images whose bits per dimension are bounded, and at how many pairs each."""
-WITHOUT_INTERVAL = ("n", "rows_per_image", "seconds_per_image", "audit")
+WITHOUT_INTERVAL = ("n", "rows_per_image", "seconds_per_image", "audit", "n_training_patients")
 """Of what `metrics.json` says."""
 
 
@@ -110,6 +110,7 @@ def evaluate(config: EvaluateConfig, accelerator: "Accelerator") -> None:
 
 def begin(config: EvaluateConfig, accelerator: "Accelerator") -> Evaluation:
     """Pipeline, real images, and a gallery for as many generated ones as are wanted."""
+    from medsd.data.dataset import load_dataset
     from medsd.data.transforms import column, stratified
     from medsd.inference.gallery import Gallery
     from medsd.inference.generating import describe_scheduler, use_scheduler
@@ -125,8 +126,11 @@ def begin(config: EvaluateConfig, accelerator: "Accelerator") -> Evaluation:
     check_fit(config, pipe)
     if config.utility:
         check_utility(pipe, config.dataset_name)
-    extractor = chosen_extractor(config.features, pipe) if accelerator.is_main_process else None
+    extractor = chosen_extractor(config.features, pipe, config.dataset_name) if accelerator.is_main_process else None
     rows, labels = judged_rows(pipe, config.dataset_name, config.split, config.label_map)
+    whole = len(load_dataset(config.dataset_name, config.split))
+    if len(rows) < whole and accelerator.is_main_process:
+        print(f"{len(rows)} of {whole} {config.split} images are compared, those that show exactly one class of the pipeline")
     chosen = stratified(labels, column(rows, "key").to_pylist(), config.max_samples, config.seed)
     names = pipe.class_names or [None]
     plan = plan_samples(labels[chosen], names, config.num_samples, config.batch_size)
@@ -184,7 +188,7 @@ def classifier(evaluation: Evaluation) -> None:
     from medsd.report.collect import no_scores, read_scores
 
     folder, pipe = Path(evaluation.config.scores), evaluation.pipe
-    why = no_scores(folder, pipe)
+    why = no_scores(folder, pipe, evaluation.config.dataset_name)
     if why:
         evaluation.leave_out(why, *NAMES, "n", "rows_per_image", "seconds_per_image")
         return
@@ -225,10 +229,11 @@ def distributions(evaluation: Evaluation) -> None:
 
 def floor_split(config: EvaluateConfig) -> str:
     """The other real images are training images, but for a ResNet that has learnt these, whose features set them apart."""
-    from medsd.data.dataset import INFO_FILE, load_info
+    from medsd.data.dataset import load_info
+    from medsd.training.discriminative import names_data
 
-    judge = Path(config.features)
-    learnt = (judge / INFO_FILE).is_file() and load_info(judge).fingerprint == load_info(config.dataset_name).fingerprint
+    judge, data = config.features, config.dataset_name
+    learnt = names_data(judge, data) and load_info(judge).fingerprint == load_info(data).fingerprint
     return ("test" if config.split == "validation" else "validation") if learnt else "train"
 
 
@@ -360,9 +365,13 @@ def finish(evaluation: Evaluation) -> None:
     from medsd.report.page import write_report
 
     config, material, run_folder = evaluation.config, evaluation.material, Path(evaluation.config.pipeline)
-    seen = training_patients(run_folder) & set(column(evaluation.rows, "patient_id").to_pylist())
-    evaluation.metrics["n_training_patients"] = len(seen)
-    evaluation.metrics |= {"sampling": {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}}
+    seen, shown = training_patients(run_folder), set(column(evaluation.rows, "patient_id").to_pylist())
+    if seen is None:
+        evaluation.leave_out("The data that the pipeline was trained on is not where it was.", "n_training_patients")
+    else:
+        evaluation.metrics["n_training_patients"] = len(seen & shown)
+    guidance = sampling_of(config).guidance_of(evaluation.generated.class_names[0])
+    evaluation.metrics |= {"sampling": {"num_inference_steps": config.num_inference_steps, "guidance_scale": guidance}}
     material.metrics = evaluation.metrics
     material.facts = run_facts(evaluation.pipe, run_folder, config.dataset_name)
     material.curves, material.environment = read_curves(run_folder), read_environment(run_folder)
@@ -386,7 +395,7 @@ def say(evaluation: Evaluation) -> None:
         value, interval = metrics.get(name), metrics.get(f"{name}_ci")
         floor = metrics.get(f"{name}_floor")
         shown = "" if interval is None else f"  [{interval[0]:.4f}, {interval[1]:.4f}]"
-        beside = "" if floor is None else f"  (other real images: {floor:.4f})"
+        beside = "" if floor is None else f"  (other real images {floor:.4f})"
         print(f"{name:<13} " + (f"{value:.4f}{shown}{beside}" if value is not None else f"none: {metrics['reasons'].get(name)}"))
     if found is not None:
         rate = f"{found['flagged']} of {found['samples']} flagged, {found['false_positive_rate']:.1%} expected of images that are no copies"

@@ -127,7 +127,8 @@ def write_batch(
     from medsd.inference.exporting import WRITERS, write_film
 
     suffix, write = WRITERS[config.format, config.bits]
-    sampling = f"{config.num_inference_steps} steps of {type(pipe.scheduler).__name__}, guidance {config.guidance_scale:g}"
+    guidance = sampling_of(config).guidance_of(batch.class_name)
+    sampling = f"{config.num_inference_steps} steps of {type(pipe.scheduler).__name__}, guidance {guidance:g}"
     (files / folder).mkdir(parents=True, exist_ok=True)
     lines = []
     for place, index in enumerate(batch.indices):

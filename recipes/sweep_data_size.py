@@ -250,7 +250,8 @@ def results(config: SweepConfig, cells: Sequence[Cell]) -> list[dict[str, Any]]:
             trained = training_rows(dataset, *cell.steps[0].config.subset)
             known = {"model": cell.model, "fraction": cell.fraction, "patients": len(column(trained, "patient_id").unique())}
             known |= {"images": len(trained), "seed": cell.seed, "training_seconds": training_seconds(cell.steps[0])}
-            rows.append(known | metric_columns(json.loads((cell.steps[-1].folder / "metrics.json").read_text())))
+            metrics = json.loads((cell.steps[-1].folder / "metrics.json").read_text())
+            rows.append(known | {"extractor": metrics["extractor"]} | metric_columns(metrics))
     return rows
 
 
@@ -283,7 +284,7 @@ def say(config: SweepConfig, rows: Sequence[dict[str, Any]]) -> None:
     print(*summary(rows, config.metrics), sep="\n")
     print(f"means of {len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}, with 95 % intervals of seeds and patients together")
     if missing := [metric for metric in config.metrics if not with_metric(rows, metric)]:
-        print(f"note: no cell has {', '.join(missing)}; results.csv says what there is")
+        print(f"note: nothing is drawn of {', '.join(missing)}: no cell has it, or it is of features that are each pipeline's own")
     print(f"table in {Path(config.output_dir) / 'results.csv'}, figure in {Path(config.output_dir) / 'data_size.png'}")
 
 

@@ -1,5 +1,6 @@
 """Generated images to be judged: how many of each class, and what the audit says of a pipeline's folder."""
 
+import copy
 import json
 import shutil
 
@@ -16,8 +17,10 @@ from medsd.inference.auditing import Seen, audit_record, copies_among, membershi
 from medsd.inference.extractors import extract, load_extractor
 from medsd.inference.folder import pipeline_sha256
 from medsd.inference.gallery import Gallery
-from medsd.inference.generating import Sampling
+from medsd.inference.generating import Sampling, describe_scheduler, use_scheduler
 from medsd.inference.judging import APART, Judged, judged_rows, matching_places, plan_samples
+from medsd.report.images import class_grids
+from medsd.training.discriminative import chosen_extractor
 from medsd.training.fitting import adopt
 
 
@@ -145,3 +148,32 @@ def test_images_are_judged_in_the_pipeline_s_classes(pipe, phantom_data, tmp_pat
     assert [others[label] for label in known["label"]] == [names[label] for label in labels]
     assert len(known) == sum(label > 0 for label in rows["label"])
     assert len(judged_rows(pipe, str(tmp_path / "data"), "test", [f"hygroma={names[0]}"])[0]) == len(rows)
+
+
+def test_rows_of_few_images_end_in_black(pipe, phantom_data, tmp_path):
+    rows, labels = judged_rows(pipe, str(phantom_data), "test")
+    kept = np.sort(np.concatenate([np.flatnonzero(labels == number)[: 1 if number == 2 else 3] for number in (0, 2)]))
+    gallery = Gallery(tmp_path / "drawn", {"a": 1})
+    gallery.begin()
+    judged = Judged(gallery, plan_samples(labels[kept], pipe.class_names, len(kept), 2), pipe.class_names)
+    judged.draw(pipe, Sampling(num_inference_steps=2), 0, 1)
+    grids = class_grids(pipe, rows.select(kept), labels[kept], judged)
+    assert grids.keys() == {"real", "generated"}
+    for sheet in grids.values():
+        assert sheet.shape == (6, 3, 32, 32)
+        assert (sheet.reshape(6, 3, -1).max(2) > 0).tolist() == [[True] * 3, [False] * 3, [True, False, False], *[[False] * 3] * 3]
+
+
+def test_a_judge_sees_images_as_the_pipeline_does(pipe, phantom_data, tmp_path):
+    shutil.copytree(phantom_data, tmp_path / "data")
+    info = json.loads((tmp_path / "data/medsd.json").read_text())
+    (tmp_path / "data/medsd.json").write_text(json.dumps(info | {"unit": "grey value"}))
+    with pytest.raises(InputError, match="prepare it alike"):
+        chosen_extractor(str(tmp_path / "data"), pipe, str(phantom_data))
+
+
+def test_a_scheduler_is_described_alike_in_every_process(pipe):
+    other = copy.copy(pipe)
+    use_scheduler(other, "DPMSolverMultistepScheduler")
+    assert any(name.startswith("_") for name in other.scheduler.config)
+    assert not any(name.startswith("_") for name in describe_scheduler(other)) and describe_scheduler(other) != describe_scheduler(pipe)

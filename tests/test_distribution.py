@@ -117,6 +117,19 @@ def test_two_sets_of_real_images_are_at_the_floor():
     assert found["precision"] > 0.8 and found["coverage"] > 0.8 and found["density"] == pytest.approx(1, abs=0.25)
 
 
+def test_slices_of_few_patients_have_low_floors():
+    """A generator of the very distribution has hardly any precision beside ten alike slices of each patient, and the floor says so."""
+    draws = np.random.default_rng(4)
+    slices = np.repeat(draws.normal(size=(30, 8)), 10, axis=0) + 0.05 * draws.normal(size=(300, 8))
+    generated, other = draws.normal(size=(150, 8)), draws.normal(size=(150, 8))
+    found = distribution_metrics(features_of(generated), features_of(slices), [str(i // 10) for i in range(300)], features_of(other))
+    for name in ("precision", "density", "coverage"):
+        assert found[name] < 0.15 and found[f"{name}_floor"] < 0.15, name
+    assert {name: found[f"{name}_floor"] for name in ("precision", "recall", "density", "coverage")} == pytest.approx(
+        precision_recall(other, slices), rel=1e-5
+    )
+
+
 def test_intervals_hold_the_truth():
     """The KID of distributions moved by 0.5 in each of 4 features, from many images, lies in 90 to 99 % of the intervals of few."""
     draws = np.random.default_rng(0)

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import pyarrow.parquet
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -116,12 +117,18 @@ def test_without_scores_there_is_a_report_all_the_same(config, run):
     assert str(run) not in json.dumps(metrics)
 
 
-def test_scores_of_another_pipeline_are_left_out(run, tmp_path):
+def test_scores_of_another_pipeline_or_other_images_are_left_out(run, phantom_data, tmp_path):
     pipe = MedSDPipeline.from_pretrained(run / "unet")
     scores = json.loads((run / "scores/metrics.json").read_text())
-    assert scores["pipeline"] == pipe.fingerprint() and no_scores(run / "scores", pipe) == ""
+    assert scores["pipeline"] == pipe.fingerprint() and no_scores(run / "scores", pipe, str(phantom_data)) == ""
     (tmp_path / "metrics.json").write_text(json.dumps(scores | {"pipeline": "another"}))
-    assert "another pipeline" in no_scores(tmp_path, pipe)
+    shutil.copy(run / "scores/likelihoods.parquet", tmp_path)
+    assert "another pipeline" in no_scores(tmp_path, pipe, str(phantom_data))
+    (tmp_path / "metrics.json").write_text(json.dumps(scores))
+    table = pyarrow.parquet.read_table(tmp_path / "likelihoods.parquet")
+    trained = load_dataset(str(phantom_data), "train")["key"][: len(table)]
+    pyarrow.parquet.write_table(table.set_column(0, "key", [trained]), tmp_path / "likelihoods.parquet")
+    assert "other images" in no_scores(tmp_path, pipe, str(phantom_data))
 
 
 def test_an_unconditional_pipeline_is_judged_as_a_whole(config, run, phantom_data, tmp_path):

@@ -1,5 +1,7 @@
 """The audit finds planted copies, altered ones too, and leaves at its rate what was never copied."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from medsd.evaluation.memorization import (
     pixel_neighbours,
 )
 from medsd.evaluation.shares import binomial_interval
+from medsd.inference.auditing import possible_rate
 
 
 def heads(count, seed, smooth=1.2):
@@ -68,6 +71,25 @@ def test_few_held_out_images_vouch_for_no_small_rate(sets):
         findings(heads(5, 3), (training, held_out[:50], patients[:50]))
 
 
+@pytest.mark.parametrize("held_out", [2, 48, 97, 99, 161, 999])
+def test_the_smallest_rate_is_possible(held_out):
+    reference = Neighbours(np.arange(1.0, held_out + 1), np.ones(held_out), np.zeros(held_out, int))
+    samples = Neighbours(np.array([0.5, 2.5]), np.ones(2), np.zeros(2, int))
+    for rate in (possible_rate(1e-9, held_out), math.ceil(1e4 / (held_out + 1)) / 1e4):
+        assert find_copies({"pixels": samples}, {"pixels": reference}, rate).flagged[0]
+
+
+def test_slices_of_few_patients_are_no_many_witnesses():
+    """Held-out scores that are alike within a patient: models that copy nothing still fail in less than one of 40 audits."""
+    draws, failed = np.random.default_rng(0), 0
+    for _ in range(300):
+        alike = np.sqrt(0.6) * np.repeat(draws.normal(size=20), 30) + np.sqrt(0.4) * draws.normal(size=600)
+        samples, held_out = (Neighbours(np.exp(x), np.ones(len(x)), np.zeros(len(x), int)) for x in (draws.normal(size=256), alike))
+        found = find_copies({"pixels": samples}, {"pixels": held_out}, 0.01, patients=20)
+        failed += audit_summary(found, 0.01)["verdict"] == "failed"
+    assert failed <= 300 / 40
+
+
 def test_a_patient_s_own_images_are_no_reference():
     """Two images of a patient that are the same would make every closeness a chance of nothing."""
     one = heads(40, 0)
@@ -93,12 +115,14 @@ def test_mirrored_features_count():
 
 
 def test_more_flags_than_chance_fail_the_audit():
-    def summary(flags):
+    def summary(flags, patients=300):
         flagged = np.arange(256) < flags
         none = np.zeros(256, bool)
-        return audit_summary(Findings(np.zeros(256), np.zeros(300), np.zeros(256), flagged, none, np.zeros(256, int), [], 0.0), 0.01)
+        found = Findings(np.zeros(256), np.zeros(300), np.zeros(256), flagged, none, np.zeros(256, int), [], 0.0, patients)
+        return audit_summary(found, 0.01)["verdict"]
 
-    assert summary(5)["verdict"] == "passed" and summary(13)["verdict"] == "failed"
+    assert summary(5) == "passed" and summary(13) == "failed"
+    assert summary(13, patients=20) == "passed"
 
 
 def test_a_model_that_copies_nothing_fails_in_one_of_forty_audits():

@@ -21,6 +21,7 @@ from medsd.data.dataset import load_dataset, load_info
 from medsd.data.transforms import column, training_rows
 from medsd.errors import InputError
 from medsd.evaluation.repeats import mean_of_seeds
+from medsd.report.sweep import with_metric
 from medsd.seats import Seat, last_words, seats, side_by_side
 from recipes import finetune_unet, finetune_vae, sweep_data_size
 from tests.conftest import REPOSITORY
@@ -255,6 +256,11 @@ def test_a_table_keeps_what_only_some_rows_have():
     assert tiny.split() == ["tiny", "5", "0.500", "[0.250,", "0.750]", "none"]
     assert small.split() == ["small", "5", "none", "20.0", "[20.0,", "20.0]"]
     assert picture(rows, ["auroc", "fid"]).height > 1.8 * picture(rows, ["auroc"]).height
+
+
+def test_distances_in_features_of_several_networks_are_not_drawn():
+    rows = [{"model": "tiny", "patients": 7, "fid": 1.0, "auroc": 0.5, "extractor": name} for name in ("unet sha256:0", "unet sha256:1")]
+    assert with_metric(rows, "fid") == [] and with_metric(rows, "auroc") == rows and with_metric(rows[:1] * 2, "fid") == rows[:1] * 2
 
 
 def test_seats_share_all_cores_and_no_core_twice():

@@ -16,6 +16,7 @@ from medsd.inference.judging import Judged, plan_samples
 from medsd.training import discriminative, segmentation, usefulness
 from medsd.training.discriminative import Labelled, fit_resnet
 from medsd.training.fitting import adopt
+from medsd.training.patience import PATIENCE, train_until_stale
 from medsd.training.segmentation import Pairs, check_segmentation, label_names, mask_labels, segmentation_utility
 from medsd.training.utility import agreement, as_labelled, classifier_utility, joined
 
@@ -167,3 +168,17 @@ def test_the_utility_of_a_pipeline_s_masks_by_monai_s_unet(tmp_path, quick):
         low, high = found[f"utility/{kind}/dice/{name}_ci"]
         assert 0 <= low <= found[f"utility/{kind}/dice/{name}"] <= high <= 1
     assert pipe.data.channels == 2 and 0 <= found["agreement"] <= 1
+
+
+def test_training_ends_with_the_best_weights_and_not_without_any():
+    model, losses = torch.nn.Linear(1, 1, bias=False), iter([3.0, 1.0, *[2.0] * 50])
+    seen = []
+
+    def epoch():
+        torch.nn.init.constant_(model.weight, len(seen))
+        seen.append(1)
+
+    train_until_stale(model, 60, epoch, lambda: next(losses), lambda: None)
+    assert len(seen) == 2 + PATIENCE and model.weight.item() == 1 and not model.training
+    with pytest.raises(InputError, match="no number"):
+        train_until_stale(model, 3, epoch, lambda: float("nan"), lambda: None)

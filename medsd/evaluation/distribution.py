@@ -45,15 +45,17 @@ def distribution_metrics(
         other_patients: their ids; default a patient each.
 
     Returns:
-        `fid`, `kid`, `precision`, `recall`, `density`, `coverage` and `NAME_ci`; `fid_floor`, `kid_floor`, `kid_floor_ci`; `extractor`,
+        `fid`, `kid`, `precision`, `recall`, `density`, `coverage`, each with `NAME_ci` and `NAME_floor`; `kid_floor_ci`; `extractor`,
         `n_real`, `n_generated`, `n_floor`. The intervals of the last four of the six take the balls around the images as given; that of
-        `fid` is moved by the bias that resampling adds. None, with a sentence in `reasons`, where there are too few images or patients.
+        `fid` is moved by the bias that resampling adds. Where images of one patient are alike, balls are small and even the floors of
+        precision, density and coverage far below 1. None, with a sentence in `reasons`, where there are too few images or patients.
 
     Raises InputError for features of different extractors.
     """
     check_same(generated, real, *([other] if other else []))
     found: dict[str, Any] = {"extractor": real.extractor, "n_real": len(real), "n_generated": len(generated), "reasons": {}}
-    missing = [*NAMES, *(f"{name}_ci" for name in NAMES), "fid_floor", "kid_floor", "kid_floor_ci"]
+    floors = [*(f"{name}_floor" for name in NAMES), "kid_floor_ci"]
+    missing = [*NAMES, *(f"{name}_ci" for name in NAMES), *floors]
     if min(len(generated), len(real)) <= NEIGHBOURS:
         why = f"{len(generated)} generated and {len(real)} real images: more than {NEIGHBOURS} of each are needed."
         return found | dict.fromkeys(missing) | {"reasons": dict.fromkeys(missing, why)}
@@ -67,13 +69,13 @@ def distribution_metrics(
         found |= {name: float(series[0]), f"{name}_ci": interval(series)}
     if other is None or len(other) <= NEIGHBOURS:
         why = f"{len(other) if other else 0} other real images to compare with: more than {NEIGHBOURS} are needed."
-        floors = ("fid_floor", "kid_floor", "kid_floor_ci")
         found |= dict.fromkeys(floors)
         found["reasons"] |= dict.fromkeys(floors, why)
     else:
         others = np.arange(len(other)) if other_patients is None else patient_numbers(other_patients)
         floor = _distances(other.values, real.values, drawn_weights(others, resamples, draws), real_counts, others, units)
         found |= {"n_floor": len(other), "fid_floor": floor["fid"], "kid_floor": floor["kid"], "kid_floor_ci": floor["kid_ci"]}
+        found |= {f"{name}_floor": share for name, share in precision_recall(other.values, real.values).items()}
     lost = [name for name in missing if found[name] is None and name not in found["reasons"]]
     found["reasons"] |= dict.fromkeys(
         lost, f"Real images of {units.max() + 1} patients: too few to resample, or to compare with each other."

@@ -34,6 +34,7 @@ SMALLEST = 1e-6
 UNLIKELY = 0.025
 COPY_DEVIATIONS = 10.0
 """Below the median of held-out queries."""
+ROUNDING = 1e-9
 BLOCK = 256
 """Queries, and images that they are compared with, at a time."""
 
@@ -75,22 +76,26 @@ class Findings:
     """N names of that space."""
     threshold: float
     """Scores below it are flagged."""
+    patients: int
+    """Of the held-out images."""
 
 
-def find_copies(samples: dict[str, Neighbours], held_out: dict[str, Neighbours], rate: float = 0.01) -> Findings:
+def find_copies(
+    samples: dict[str, Neighbours], held_out: dict[str, Neighbours], rate: float = 0.01, patients: int | None = None
+) -> Findings:
     """Which samples are nearer to training images than chance brings, at a false-positive rate of `rate`.
 
-    `samples` and `held_out` have the same spaces. Raises InputError where there are too few held-out images for that rate: it takes
-    1 / rate - 1 of them.
+    `samples` and `held_out` have the same spaces; the latter are images of so many `patients`, by default of one each. Raises InputError
+    where there are too few held-out images for that rate: it takes 1 / rate - 1 of them.
     """
     count = len(next(iter(held_out.values())).training)
-    if rate * (count + 1) < 1:
-        needed = math.ceil(1 / rate) - 1
-        raise InputError(f"{count} held-out images: a false-positive rate of {rate:g} takes {needed} or more; allow {1 / (count + 1):.2g}")
+    if rate * (count + 1) < 1 - ROUNDING:
+        needed, possible = math.ceil(1 / rate - ROUNDING) - 1, math.ceil(1e4 / (count + 1)) / 1e4
+        raise InputError(f"{count} held-out images: a false-positive rate of {rate:g} takes {needed} or more; allow {possible:g}")
     pairs = [_deviations(samples[name].closeness, held_out[name].closeness, rate) for name in held_out]
     ours, theirs = (np.stack(part) for part in zip(*pairs, strict=True))
     scores, reference = ours.min(0), np.sort(theirs.min(0))
-    threshold = reference[math.floor(rate * (count + 1) + 1e-9) - 1]
+    threshold = reference[math.floor(rate * (count + 1) + ROUNDING) - 1]
     flagged = scores < threshold
     telling = ours.argmin(0)
     return Findings(
@@ -102,6 +107,7 @@ def find_copies(samples: dict[str, Neighbours], held_out: dict[str, Neighbours],
         nearest=np.stack([samples[name].nearest for name in held_out])[telling, np.arange(len(scores))],
         space=[list(held_out)[index] for index in telling],
         threshold=float(threshold),
+        patients=count if patients is None else patients,
     )
 
 
@@ -109,16 +115,15 @@ def audit_summary(found: Findings, rate: float) -> dict[str, Any]:
     """`samples`, `held_out`, `flagged`, `flagged_share` and its `_ci`, `copies`, `false_positive_rate`, and the `verdict`.
 
     `failed` where a sample is a copy, or more are flagged than chance brings in one of 40 audits of models that copy nothing: `chance`, the
-    probability of so many, is below 0.025. The threshold is itself one of few held-out scores, so that number is beta-binomial. Else
-    `passed`.
+    probability of so many, is below 0.025. The threshold is itself one of few held-out scores, so that number is beta-binomial; they
+    count as few as the held-out patients, whose images are alike, so that false alarms are rarer than that. Else `passed`.
     """
     from scipy.stats import betabinom
 
     flagged, count, copies = int(found.flagged.sum()), len(found.scores), int(found.copies.sum())
     low, high = binomial_interval(flagged, count)
     held_out = len(found.held_out_scores)
-    place = math.floor(rate * (held_out + 1) + 1e-9)
-    chance = float(betabinom.sf(flagged - 1, count, place, held_out + 1 - place))
+    chance = float(betabinom.sf(flagged - 1, count, rate * (found.patients + 1), (1 - rate) * (found.patients + 1)))
     return {
         "samples": count,
         "held_out": held_out,

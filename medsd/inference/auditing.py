@@ -62,7 +62,7 @@ def copies_among(samples: Seen, training: Seen, mirrored: np.ndarray, held_out: 
         pixels = pixel_neighbours(queries.thumbnails, training.thumbnails, held_out.thumbnails, own, own and patients)
         features = feature_neighbours(queries.features, [training.features, mirrored], [held_out.features], own, own and patients)
         found.append({"pixels": pixels, "features": features})
-    return find_copies(*found, rate)
+    return find_copies(*found, rate, len(set(patients)))
 
 
 def mirrored(batches: Batches) -> Batches:
@@ -97,8 +97,10 @@ def held_out_rows(dataset_name: str) -> Any:
 
 def no_audit(pipe: MedSDPipeline, dataset_name: str) -> str:
     """Why nothing can be audited on a data set; empty where it can."""
-    if load_info(dataset_name).fingerprint != pipe.data.fingerprint or "train" not in available_splits(dataset_name):
+    if load_info(dataset_name).fingerprint != pipe.data.fingerprint:
         return "this is not the data that the pipeline was trained on"
+    if "train" not in available_splits(dataset_name):
+        return f"{Path(dataset_name).name} has no train split, whose images may be copied"
     held_out = [split for split in available_splits(dataset_name) if split != "train"]
     few = not held_out or len(column(held_out_rows(dataset_name), "patient_id").unique()) < 2
     return "it compares patients, and fewer than two are held out" if few else ""

@@ -248,19 +248,19 @@ def trained_on(folder: Path) -> tuple[float | None, int | None, int]:
 
 
 def training_config(folder: Path) -> dict[str, Any]:
-    """The flags that a local pipeline was trained with; empty where it has no record of them."""
+    """The flags that a local pipeline was trained with, or the run whose `best` it is; empty where there is no record of them."""
     import yaml
 
-    recorded = folder / "config.yaml"
+    recorded = (folder.parent if folder.name == "best" else folder) / "config.yaml"
     return (yaml.safe_load(recorded.read_text()) or {}).get("finetune_unet") or {} if recorded.is_file() else {}
 
 
-def training_patients(folder: Path) -> set[str]:
-    """Patients that a pipeline was trained on, as far as its training data is still where it was."""
+def training_patients(folder: Path) -> set[str] | None:
+    """Patients that a pipeline was trained on; None where that is not known, since its training data is no longer where it was."""
     data = training_config(folder).get("dataset_name")
     try:
         if not data or not Path(data).is_dir():
-            return set()
+            return None
         return set(column(training_rows(load_dataset(data, "train"), *trained_on(folder)), "patient_id").to_pylist())
     except (InputError, OSError):
-        return set()
+        return None

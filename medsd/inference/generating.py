@@ -36,6 +36,10 @@ class Sampling:
     max_tries: int = 5
     """Attempts at most, up to 128; then the likeliest stays."""
 
+    def guidance_of(self, class_name: str | None) -> float:
+        """Without a class there is nothing to guide to."""
+        return 1.0 if class_name is None else self.guidance_scale
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -92,8 +96,9 @@ def use_scheduler(pipe: MedSDPipeline, name: str | None) -> None:
 
 
 def describe_scheduler(pipe: MedSDPipeline) -> dict[str, str]:
-    """Class and settings of the pipeline's scheduler, as text."""
-    return {"class": type(pipe.scheduler).__name__} | {name: str(value) for name, value in pipe.scheduler.config.items()}
+    """Class and settings of the pipeline's scheduler, as text; without diffusers' notes, whose order differs from run to run."""
+    settings = {name: str(value) for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    return {"class": type(pipe.scheduler).__name__} | settings
 
 
 def check_sampling(pipe: MedSDPipeline, sampling: Sampling) -> None:
@@ -128,7 +133,7 @@ def _attempt(pipe: MedSDPipeline, class_name: str | None, indices: Sequence[int]
         class_name=class_name,
         num_images_per_prompt=len(seeds),
         num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=1.0 if class_name is None else sampling.guidance_scale,
+        guidance_scale=sampling.guidance_of(class_name),
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="pt",
         callback_on_step_end=film,

@@ -82,7 +82,7 @@ def plan_samples(labels: np.ndarray, class_names: Sequence[str | None], total: i
     """
     counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
     if not counts.sum():
-        raise InputError("none of the real images has a class of this pipeline, so there is nothing to compare with")
+        raise InputError("none of the real images shows exactly one class of this pipeline, so there is nothing to compare with")
     wanted = np.maximum(np.rint(total * counts / counts.sum()).astype(int), counts > 0)
     return [
         Batch(name, range(first + start, first + min(start + batch_size, number)))
@@ -112,23 +112,26 @@ def compare_pixels(
 ) -> tuple[dict[str, Any], dict[str, Histogram]]:
     """`intensity_metrics` of the first channel and `pair_similarity` within classes, and the histograms of `real` and `generated`.
 
-    `rows` with class indices `labels` `(N,)`; both sides as the model sees them, in the source's unit.
+    `rows` with class indices `labels` `(N,)`; both sides as the model sees them, in the source's unit. Similarity is that of the same
+    classes on both sides: those with two real images, of two patients, and two generated ones.
     """
     data, patients, names = pipe.data, column(rows, "patient_id").to_pylist(), [name or "images" for name in judged.class_names]
     sides = {"generated": (judged.batches, judged.labels, None), "real": (unit_images(pipe, rows), labels, patients)}
     extent = nominal_ranges(data.intensity_map, data.image_channels)[0]
     found, histograms = {"reasons": {}}, {}
-    for kind, (batches, classes, who) in sides.items():
+    pairs = {kind: class_pairs(classes, len(names), seed, who) for kind, (_, classes, who) in sides.items()}
+    paired = set.intersection(*(set(classes[pairs[kind][:, 0]].tolist()) for kind, (_, classes, _) in sides.items()))
+    for kind, (batches, classes, _) in sides.items():
         source = (data.intensity_map.from_unit(batch)[:, 0].numpy() for batch in batches())
         histograms[kind] = class_histograms(source, classes, len(names), *extent)
-        pairs = class_pairs(classes, len(names), seed, who)
-        if len(pairs):
-            first, second = (torch.stack(picked(batches(), places)) for places in pairs.T)
-            found |= pair_similarity(f"similarity_of_{kind}", first, second, classes[pairs[:, 0]], names)
+        if paired:
+            own = pairs[kind][np.isin(classes[pairs[kind][:, 0]], sorted(paired))]
+            first, second = (torch.stack(picked(batches(), places)) for places in own.T)
+            found |= pair_similarity(f"similarity_of_{kind}", first, second, classes[own[:, 0]], names)
         else:
             both = (f"similarity_of_{kind}", f"similarity_of_{kind}_ci")
             found |= dict.fromkeys(both)
-            found["reasons"] |= dict.fromkeys(both, "No class has two images, of two patients.")
+            found["reasons"] |= dict.fromkeys(both, "No class has two real images, of two patients, and two generated ones.")
     found |= intensity_metrics(histograms["generated"], histograms["real"], names, data.unit)
     return found, {kind: together(some) for kind, some in histograms.items()}
 

@@ -145,7 +145,9 @@ def evidence(material: Material) -> Iterator[Chart]:
 
 def data_size(material: Material) -> Iterator[Chart]:
     """What more patients bring."""
-    metric = next((name for name in ("auroc", "accuracy") if any(row.get(name) not in (None, "") for row in material.sweep)), None)
+    metric = next(
+        (name for name in ("auroc", "accuracy", "bits_per_dim") if any(row.get(name) not in (None, "") for row in material.sweep)), None
+    )
     if metric is None:
         return
     rows = [row for row in material.sweep if row.get(metric) not in (None, "")]

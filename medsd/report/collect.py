@@ -15,13 +15,13 @@ from medsd.data.dataset import available_splits, load_dataset, load_info
 from medsd.data.matching import labels_in
 from medsd.data.metadata import FACT_COLUMNS
 from medsd.data.transforms import column
-from medsd.errors import InputError
 from medsd.evaluation.subgroups import subgroup_metrics
 from medsd.inference.folder import trained_on, training_config
 from medsd.inference.parts import answers_in
 from medsd.inference.pipeline import MedSDPipeline
 
 EVIDENCE_SHOWN = 8
+SPLITS = ("train", "validation", "test")
 CURVES = ("step", "loss", "validation_loss", "validation_auroc", "learning_rate")
 
 
@@ -40,26 +40,26 @@ class ReadScores:
     evidence: list[tuple[np.ndarray, str]] = field(default_factory=list)
 
 
-def no_scores(folder: Path, pipe: MedSDPipeline) -> str:
-    """Why a folder has no scores of this pipeline; empty where it has. Older scores do not say whose they are, and are believed."""
+def no_scores(folder: Path, pipe: MedSDPipeline, dataset_name: str) -> str:
+    """Why a folder has no scores of this pipeline and of held-out images of this data; empty where it has.
+
+    Older scores do not say whose they are, and are believed.
+    """
     record = folder / "metrics.json"
     if not record.is_file() or not pipe.class_names:
         return "No scores were given: run classify.py and name its folder with --scores."
-    of = json.loads(record.read_text()).get("pipeline")
-    return "" if of in {None, pipe.fingerprint()} else "The scores are another pipeline's: run classify.py with this one."
+    table, of = pyarrow.parquet.read_table(folder / "likelihoods.parquet"), json.loads(record.read_text()).get("pipeline")
+    if of not in {None, pipe.fingerprint()} or any(f"prob/{name}" not in table.column_names for name in pipe.class_names):
+        return "The scores are another pipeline's: run classify.py with this one."
+    if _rows_of(dataset_name, table["key"].to_pylist()) is None:
+        return "The scores are of other images: run classify.py on a split of this data that was not trained on."
+    return ""
 
 
 def read_scores(folder: Path, pipe: MedSDPipeline, dataset_name: str, label_map: Sequence[str] = ()) -> ReadScores:
-    """A pipeline's scores of images of a data set; raises InputError for another pipeline's, or another data set's."""
-    class_names = pipe.class_names
-    table = pyarrow.parquet.read_table(folder / "likelihoods.parquet")
-    missing = [name for name in class_names if f"prob/{name}" not in table.column_names]
-    if missing:
-        raise InputError(
-            f"--scores {folder} are of another pipeline: they know no class {missing[0]}; name this pipeline's, or leave them out"
-        )
-    keys = table["key"].to_pylist()
-    rows = _rows_of(dataset_name, keys, folder)
+    """A pipeline's scores of images of a data set, where `no_scores` has nothing against them."""
+    class_names, table = pipe.class_names, pyarrow.parquet.read_table(folder / "likelihoods.parquet")
+    rows = _rows_of(dataset_name, table["key"].to_pylist())
     labels = labels_in(pipe.data, rows, load_info(dataset_name).class_names, label_map)
     patients = column(rows, "patient_id").to_pylist()
     probabilities = np.stack([table[f"prob/{name}"].to_numpy() for name in class_names], 1)
@@ -70,14 +70,15 @@ def read_scores(folder: Path, pipe: MedSDPipeline, dataset_name: str, label_map:
     return ReadScores(metrics, probabilities, labels, predictions, groups, _evidence(folder / "evidence"))
 
 
-def _rows_of(dataset_name: str, keys: list[str], folder: Path) -> Any:
-    """Rows of the split that has these keys, in their order."""
-    for split in reversed(available_splits(dataset_name)):
-        rows = load_dataset(dataset_name, split)
-        place = {key: index for index, key in enumerate(column(rows, "key").to_pylist())}
-        if all(key in place for key in keys):
-            return rows.select([place[key] for key in keys])
-    raise InputError(f"--scores {folder} are of images that {dataset_name} does not have: score it with classify.py")
+def _rows_of(dataset_name: str, keys: list[str]) -> Any:
+    """Rows of the held-out split that has these keys, in their order; None where none has all."""
+    for split in available_splits(dataset_name):
+        if split != "train":
+            rows = load_dataset(dataset_name, split)
+            place = {key: index for index, key in enumerate(column(rows, "key").to_pylist())}
+            if all(key in place for key in keys):
+                return rows.select([place[key] for key in keys])
+    return None
 
 
 def _evidence(folder: Path) -> list[tuple[np.ndarray, str]]:
@@ -87,21 +88,26 @@ def _evidence(folder: Path) -> list[tuple[np.ndarray, str]]:
 
 def run_facts(pipe: MedSDPipeline, run: Path, dataset_name: str) -> dict[str, str]:
     """What was trained on what: a phrase and its value, without paths and ids."""
-    info, facts = load_info(dataset_name), {}
-    summary = _json(Path(dataset_name) / "summary.json")
-    if summary:
-        facts["Images (train / validation / test)"] = " / ".join(str(summary["images"][split]) for split in ("train", "validation", "test"))
-        facts["Patients"] = " / ".join(str(summary["patients"][split]) for split in ("train", "validation", "test"))
-        facts["Patients told by"] = ", ".join(f"{rule} ({count} images)" for rule, count in summary["patient_rule"].items())
+    facts, summary = {}, _json(Path(dataset_name) / "summary.json")
+    if summary and load_info(dataset_name).fingerprint == pipe.data.fingerprint:
+        facts |= _counts(summary)
+    elif summary:
+        facts |= {f"{name}, of other data that it is compared with": value for name, value in _counts(summary).items()}
     facts["Classes"] = ", ".join(pipe.class_names) or "none: unconditional"
-    facts["Images"] = (
-        f"{pipe.data.resolution} px, {pipe.data.image_channels} channel(s), {info.unit}; as {pipe.data.channels} channel(s) in the model"
-    )
+    data = pipe.data
+    facts["Images"] = f"{data.resolution} px, {data.image_channels} channel(s), {data.unit}; as {data.channels} channel(s) in the model"
     facts["Codec"] = f"{pipe.codec.kind}, factor {pipe.codec.factor}, {pipe.codec.latent_channels} latent channels"
     facts["UNet"] = (
         f"{sum(value.numel() for value in pipe.unet.parameters()) / 1e6:.1f} M parameters, predicts {pipe.scheduler.config.prediction_type}"
     )
     return facts | _training_facts(run)
+
+
+def _counts(summary: dict[str, Any]) -> dict[str, str]:
+    """Of prepared data, from its `summary.json`."""
+    images, patients = (" / ".join(str(summary[kind][split]) for split in SPLITS) for kind in ("images", "patients"))
+    rules = ", ".join(f"{rule} ({count} images)" for rule, count in summary["patient_rule"].items())
+    return {"Images (train / validation / test)": images, "Patients": patients, "Patients told by": rules}
 
 
 def _training_facts(run: Path) -> dict[str, str]:

@@ -26,21 +26,24 @@ FEWEST_PAIRS = 4
 def class_grids(pipe: MedSDPipeline, rows: Any, labels: np.ndarray, judged: Judged) -> dict[str, np.ndarray]:
     """`real`, `reconstructed` (with an autoencoder) and `generated` images of each class, `(K, n, H, W[, 3])` uint8.
 
-    `rows` with class indices `labels` `(N,)`. A class of which nothing was generated is black.
+    `rows` with class indices `labels` `(N,)`. Where a class has fewer than `SHOWN`, its row ends in black.
     """
-    drawn = np.unique(judged.labels)
-    few = min(SHOWN, *(np.bincount(some)[drawn].min() for some in (labels, judged.labels)))
-    real, generated = (np.concatenate([np.flatnonzero(some == number)[:few] for number in drawn]) for some in (labels, judged.labels))
-    images = {"real": picked(unit_images(pipe, rows)(), real), "generated": picked(judged.batches(), generated)}
+    kinds = range(len(judged.class_names))
+    real, generated = ([np.flatnonzero(some == number)[:SHOWN] for number in kinds] for some in (labels, judged.labels))
+    images = {"real": picked(unit_images(pipe, rows)(), np.concatenate(real))}
     if not isinstance(pipe.codec, PixelCodec):
         images["reconstructed"] = list(reconstruct(pipe.codec, torch.stack(images["real"]), pipe.device))
-    return {kind: _grid([shown(image) for image in some], drawn, len(judged.class_names)) for kind, some in images.items()}
+    images["generated"] = picked(judged.batches(), np.concatenate(generated))
+    counts = {kind: [len(places) for places in (generated if kind == "generated" else real)] for kind in images}
+    return {kind: _grid([shown(image) for image in some], counts[kind]) for kind, some in images.items()}
 
 
-def _grid(views: list[np.ndarray], drawn: np.ndarray, classes: int) -> np.ndarray:
-    """Views of the `drawn` classes, as many of each, in the rows of all."""
-    sheet = np.zeros((classes, len(views) // len(drawn), *views[0].shape), np.uint8)
-    sheet[drawn] = np.stack(views).reshape(len(drawn), *sheet.shape[1:])
+def _grid(views: list[np.ndarray], counts: list[int]) -> np.ndarray:
+    """Views in rows of so many each, `(K, n, H, W[, 3])`."""
+    sheet, left = np.zeros((len(counts), max(counts), *views[0].shape), np.uint8), iter(views)
+    for row, count in zip(sheet, counts, strict=True):
+        for place in range(count):
+            row[place] = next(left)
     return sheet
 
 

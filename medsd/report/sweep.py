@@ -1,7 +1,7 @@
 """What a sweep over training patients found: a row per cell, a table of means over seeds, and a picture of a panel per metric.
 
-A row has `model`, `fraction`, `patients`, `images`, `seed`, `training_seconds`, and for each number of `metrics.json` that is one for
-all images `NAME` and, with an interval, `NAME_low` and `NAME_high`.
+A row has `model`, `fraction`, `patients`, `images`, `seed`, `training_seconds`, `extractor`, and for each number of `metrics.json` that is
+one for all images `NAME` and, with an interval, `NAME_low` and `NAME_high`.
 """
 
 import csv
@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from medsd.evaluation.distribution import NAMES as OF_FEATURES
 from medsd.evaluation.repeats import mean_of_seeds
 from medsd.report.figures import data_size
 from medsd.report.style import png, theme
@@ -43,8 +44,10 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def with_metric(rows: Sequence[Row], metric: str) -> list[Row]:
-    """Rows that have this number."""
-    return [row for row in rows if row.get(metric) is not None]
+    """Rows that have this number; none where it is one of features, and those of several extractors."""
+    known = [row for row in rows if row.get(metric) is not None]
+    apart = metric.removesuffix("_floor") in OF_FEATURES and len({row.get("extractor") for row in known}) > 1
+    return [] if apart else known
 
 
 def means(rows: Sequence[Row], metric: str) -> Iterator[tuple[str, int, tuple[float, float, float]]]:

@@ -125,13 +125,22 @@ def resnet_of(dataset_name: str, resolution: int, seed: int = 0, progress: Calla
     return model
 
 
-def chosen_extractor(features: str, pipe: MedSDPipeline) -> Extractor:
-    """What `--features` names: a prepared data folder stands for a ResNet that tells its classes, all else see `load_extractor`."""
-    if not (Path(features) / "data").is_dir() or not (Path(features) / INFO_FILE).is_file():
+def names_data(features: str, dataset_name: str) -> bool:
+    """Whether `--features` is a prepared data folder, or the very data set, which can be on the Hub."""
+    return features == dataset_name or ((Path(features) / "data").is_dir() and (Path(features) / INFO_FILE).is_file())
+
+
+def chosen_extractor(features: str, pipe: MedSDPipeline, dataset_name: str) -> Extractor:
+    """What `--features` names: prepared data stands for a ResNet that tells its classes, all else see `load_extractor`.
+
+    Raises InputError for data whose images the pipeline would see otherwise.
+    """
+    if not names_data(features, dataset_name):
         return load_extractor(features, pipe, pipe.device)
-    info = load_info(features)
-    if info.channels != pipe.data.channels or info.resolution < pipe.data.resolution:
-        raise InputError(f"--features {features} has other images than the pipeline: prepare data of the same kind")
+    info, data = load_info(features), pipe.data
+    alike = (info.channels, info.unit, info.intensity) == (data.channels, data.unit, data.intensity)
+    if not alike or info.resolution < data.resolution or info.resolution % data.resolution:
+        raise InputError(f"--features {features} has other images than the pipeline (channels, intensities or size): prepare it alike")
     with tqdm(desc=f"a ResNet of {features}", unit="epoch", leave=False) as bar:
         judge = resnet_of(features, pipe.data.resolution, progress=bar.update)
     return ResNetFeatures(judge.to(pipe.device), "resnet")

@@ -27,8 +27,9 @@ def check_utility(pipe: MedSDPipeline, dataset_name: str) -> None:
         raise InputError(f"--utility trains and tests on real images too, and {dataset_name} has no {sorted(missing)[0]} split")
     if pipe.data.multi_label or len(pipe.class_names) < 2:
         raise InputError("--utility is for two or more classes that exclude each other: leave it away")
-    if load_info(dataset_name).class_names != pipe.class_names:
-        raise InputError(f"--utility is for data with the classes of the pipeline in its order, not for {dataset_name}: leave it away")
+    info = load_info(dataset_name)
+    if info.class_names != pipe.class_names or info.intensity != pipe.data.intensity:
+        raise InputError(f"--utility is for data with the classes and intensities of the pipeline, not for {dataset_name}: leave it away")
     if mask_labels(pipe.data.intensity_map):
         check_segmentation(pipe.data.resolution)
 
