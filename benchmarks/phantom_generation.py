@@ -64,12 +64,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=150, help="of each class")
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--num_inference_steps", type=int, default=30)
+    parser.add_argument("--min_probability", type=float, help="draw anew what the classifier gives less, as generate.py does")
     parser.add_argument("--save", type=Path, help="a .npz of the generated images in HU")
     options = parser.parse_args()
     pipe = MedSDPipeline.from_pretrained(options.pipeline)
     pipe.set_progress_bar_config(disable=True)
     judge = ResNetFeatures(resnet_of(options.judge, pipe.data.resolution), "resnet")
-    drawn = generated(pipe, options.images, Sampling(options.num_inference_steps, options.guidance_scale))
+    sampling = Sampling(options.num_inference_steps, options.guidance_scale, min_probability=options.min_probability)
+    drawn = generated(pipe, options.images, sampling)
     sets = {
         "generated": drawn,
         "training": real_images(pipe, options.dataset_name, ["train"], options.images),
