@@ -68,11 +68,9 @@ class Evaluation:
 def main(config: EvaluateConfig) -> None:
     """Into a folder that no other run writes."""
     from medsd.output import alone_in, check_output
-    from medsd.report.style import require_matplotlib
     from medsd.runtime import quiet_libraries, start_processes
 
     quiet_libraries()
-    require_matplotlib()
     output_dir = Path(config.output_dir)
     check_output(output_dir, config.overwrite, [config.pipeline, config.dataset_name, config.scores, config.sweep])
     accelerator = start_processes()

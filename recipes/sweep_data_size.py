@@ -101,11 +101,9 @@ def main(config: SweepConfig) -> None:
     from medsd.data.dataset import load_info
     from medsd.data.prepare import prepare_default
     from medsd.output import alone_in
-    from medsd.report.style import require_matplotlib
     from medsd.runtime import quiet_libraries
 
     quiet_libraries()
-    require_matplotlib()
     check_folder(config)
     with alone_in(Path(config.output_dir)):
         prepare_default(config.dataset_name, SweepConfig().dataset_name)

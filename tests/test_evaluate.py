@@ -20,8 +20,6 @@ from medsd.report.collect import no_scores
 from medsd.training.fitting import adopt
 from recipes import classify, evaluate
 
-pytest.importorskip("matplotlib")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def few_pairs():

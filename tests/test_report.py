@@ -303,13 +303,6 @@ def test_letters_are_readable_on_a_phone():
     assert min(sizes) / 72 * 360 / style.WIDTH > 9
 
 
-def test_a_missing_matplotlib_is_said_before_anything_is_written(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r'pip install -c constraints.txt -e "\.\[report\]"'):
-        write_report(tmp_path / "report", Material())
-    assert not (tmp_path / "report").exists()
-
-
 def test_an_empty_material_has_no_section(tmp_path):
     text = write_report(tmp_path, Material(title="Nothing")).read_text()
     assert "<section" not in text and "<img" not in text and "Not for clinical use" in text

@@ -27,8 +27,6 @@ from recipes import finetune_unet, finetune_vae, sweep_data_size
 from tests.conftest import REPOSITORY
 from tests.test_recipes import losses
 
-pytest.importorskip("matplotlib")
-
 QUICK = {
     "finetune_unet": {
         "max_train_steps": 4,

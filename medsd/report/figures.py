@@ -1,7 +1,7 @@
 """Figures of numbers: each a function of arrays that gives a matplotlib figure, in the `medsd.report.style.theme` it is called in.
 
-Labels `(N,)` are class indices, labels `(N, F)` hold 1, 0 or -1 (not known) for F findings; -1 is always left out. Every function raises
-InputError where matplotlib is missing. Figures of images are in `medsd.report.pictures`.
+Labels `(N,)` are class indices, labels `(N, F)` hold 1, 0 or -1 (not known) for F findings; -1 is always left out. Figures of images
+are in `medsd.report.pictures`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -18,7 +18,7 @@ from medsd.output import replacing, write_text, writing
 from medsd.report import charts
 from medsd.report.charts import Chart
 from medsd.report.material import Material
-from medsd.report.style import png, require_matplotlib, theme
+from medsd.report.style import png, theme
 from medsd.report.tables import Notes, classes_table, facts_table, numbers_table, utility_table
 
 __all__ = ["Material", "write_report"]
@@ -71,9 +71,8 @@ $sections
 def write_report(folder: Path, material: Material) -> Path:
     """Write `folder/figures/NAME.png` and `folder/report.html`, whole or not at all; the page's path.
 
-    Raises InputError where matplotlib is missing or the folder cannot be written to.
+    Raises InputError where the folder cannot be written to.
     """
-    require_matplotlib()
     sections, pictures = _sections(material)
     links = "".join(f'<li><a href="#{anchor}">{escape(heading)}</a></li>' for anchor, heading, _ in sections)
     bodies = (f'<section id="{anchor}">\n<h2>{escape(heading)}</h2>\n{body}\n</section>' for anchor, heading, body in sections)

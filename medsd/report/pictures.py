@@ -1,6 +1,6 @@
 """Figures of images: tables of tiles with names beside them, each a function of uint8 arrays that gives a matplotlib figure.
 
-Images are `(H, W)` grey or `(H, W, 3)` colour. Every function raises InputError where matplotlib is missing.
+Images are `(H, W)` grey or `(H, W, 3)` colour.
 """
 
 from collections.abc import Sequence

@@ -11,8 +11,6 @@ from itertools import islice
 from math import log
 from typing import TYPE_CHECKING, Any
 
-from medsd.errors import InputError
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -33,17 +31,8 @@ PALETTES = {
 LINES = ("-", "--", ":", "-.")
 
 
-def require_matplotlib() -> None:
-    """Raise InputError where figures cannot be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise InputError('figures need matplotlib: pip install -c constraints.txt -e ".[report]"') from error
-
-
 def theme(name: str = "light") -> AbstractContextManager:
-    """Within, figures are made and saved in the colours of `light` or `dark`. Raises InputError where matplotlib is missing."""
-    require_matplotlib()
+    """Within, figures are made and saved in the colours of `light` or `dark`."""
     from cycler import cycler
     from matplotlib import rc_context
 
@@ -78,8 +67,7 @@ def theme(name: str = "light") -> AbstractContextManager:
 
 
 def canvas(height: float) -> "Figure":
-    """An empty figure, `height` inches tall. Raises InputError where matplotlib is missing."""
-    require_matplotlib()
+    """An empty figure, `height` inches tall."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH, height), layout="constrained")
