@@ -100,6 +100,7 @@ def evaluate(config: EvaluateConfig, accelerator: "Accelerator") -> None:
         ("pictures", pictures),
     )
     for name, step in steps:
+        print(f"{name} ...", flush=True)
         before = time.perf_counter()
         step(evaluation)
         print(f"{name}: {time.perf_counter() - before:.0f} s")
@@ -188,6 +189,7 @@ def classifier(evaluation: Evaluation) -> None:
     folder, pipe = Path(evaluation.config.scores), evaluation.pipe
     why = no_scores(folder, pipe, evaluation.config.dataset_name)
     if why:
+        print(f"no classifier's part, {folder}: {why}")
         evaluation.leave_out(why, *NAMES, "n", "rows_per_image", "seconds_per_image")
         return
     scores = read_scores(folder, pipe, evaluation.config.dataset_name, evaluation.config.label_map)
@@ -352,35 +354,50 @@ def pictures(evaluation: Evaluation) -> None:
     material.denoising = denoising_strips(pipe, judged, sampling_of(evaluation.config))
 
 
-def finish(evaluation: Evaluation) -> None:
-    """Write the folder of the report, and the audit into the pipeline's folder too; say what matters."""
-    import shutil
-
+def complete(evaluation: Evaluation) -> None:
+    """What is known of the run, of how images were drawn and of a sweep, beside what was measured."""
     from medsd.data.transforms import column
     from medsd.inference.folder import training_patients
-    from medsd.output import replacing, write_text
     from medsd.report.collect import read_curves, read_environment, read_sweep, run_facts
-    from medsd.report.page import write_report
 
-    config, material, run_folder = evaluation.config, evaluation.material, Path(evaluation.config.pipeline)
+    config, pipe, material, run_folder = evaluation.config, evaluation.pipe, evaluation.material, Path(evaluation.config.pipeline)
     seen, shown = training_patients(run_folder), set(column(evaluation.rows, "patient_id").to_pylist())
     if seen is None:
         evaluation.leave_out("The data that the pipeline was trained on is not where it was.", "n_training_patients")
     else:
         evaluation.metrics["n_training_patients"] = len(seen & shown)
-    guidance = sampling_of(config).guidance_of(evaluation.generated.class_names[0])
-    evaluation.metrics |= {"sampling": {"num_inference_steps": config.num_inference_steps, "guidance_scale": guidance}}
+    guidance, scheduler = sampling_of(config).guidance_of(evaluation.generated.class_names[0]), type(pipe.scheduler).__name__
+    sampling = {"num_inference_steps": config.num_inference_steps, "guidance_scale": guidance, "scheduler": scheduler, "seed": config.seed}
+    evaluation.metrics["sampling"] = sampling
+    drawn = f"{config.num_inference_steps} steps of {scheduler}, guidance {guidance:g}, seed {config.seed}"
     material.metrics = evaluation.metrics
-    material.facts = run_facts(evaluation.pipe, run_folder, config.dataset_name)
+    material.facts = run_facts(pipe, run_folder, config.dataset_name) | {"Generated with": drawn}
     material.curves, material.environment = read_curves(run_folder), read_environment(run_folder)
     material.sweep = read_sweep(Path(config.sweep))
-    with replacing(Path(config.output_dir)) as made:
-        write_report(made, material)
+    if not material.sweep:
+        print(f"no data-size curve: {config.sweep} holds no sweep")
+
+
+def finish(evaluation: Evaluation) -> None:
+    """Write the folder of the report, and the audit into the pipeline's folder too; say what matters."""
+    import shutil
+
+    from medsd.inference.auditing import replaces
+    from medsd.output import replacing, write_text
+    from medsd.report.page import write_report
+
+    complete(evaluation)
+    run_folder, audited = Path(evaluation.config.pipeline), json.dumps(evaluation.audit, indent=2) + "\n"
+    with replacing(Path(evaluation.config.output_dir)) as made:
+        write_report(made, evaluation.material)
         (made / "metrics.json").write_text(json.dumps(evaluation.metrics, indent=2) + "\n")
         if evaluation.audit is not None:
-            (made / "audit.json").write_text(json.dumps(evaluation.audit, indent=2) + "\n")
+            (made / "audit.json").write_text(audited)
     if evaluation.audit is not None and run_folder.is_dir():
-        write_text(run_folder / "audit.json", json.dumps(evaluation.audit, indent=2) + "\n")
+        if replaces(evaluation.audit, run_folder):
+            write_text(run_folder / "audit.json", audited)
+        else:
+            print(f"{run_folder / 'audit.json'} stays: it is of more samples")
     shutil.rmtree(evaluation.generated.gallery.work, ignore_errors=True)
     say(evaluation)
 

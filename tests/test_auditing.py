@@ -13,7 +13,7 @@ from medsd.data.dataset import load_dataset, load_info
 from medsd.data.transforms import column, row_labels
 from medsd.errors import InputError
 from medsd.evaluation.resampling import mean_with_interval
-from medsd.inference.auditing import Seen, audit_record, copies_among, membership_signal, mirrored, own_prompts, unit_images
+from medsd.inference.auditing import Seen, audit_record, copies_among, membership_signal, mirrored, own_prompts, replaces, unit_images
 from medsd.inference.extractors import extract, load_extractor
 from medsd.inference.folder import pipeline_sha256
 from medsd.inference.gallery import Gallery
@@ -148,6 +148,15 @@ def test_images_are_judged_in_the_pipeline_s_classes(pipe, phantom_data, tmp_pat
     assert [others[label] for label in known["label"]] == [names[label] for label in labels]
     assert len(known) == sum(label > 0 for label in rows["label"])
     assert len(judged_rows(pipe, str(tmp_path / "data"), "test", [f"hygroma={names[0]}"])[0]) == len(rows)
+
+
+def test_an_audit_of_fewer_samples_replaces_none_of_more(tmp_path):
+    audit = {"weights_sha256": "a", "samples": 48, "verdict": "passed"}
+    assert replaces(audit, tmp_path)
+    (tmp_path / "audit.json").write_text(json.dumps(audit))
+    assert replaces(audit, tmp_path) and not replaces(audit | {"samples": 12}, tmp_path)
+    assert replaces(audit | {"samples": 12, "verdict": "failed"}, tmp_path)
+    assert replaces(audit | {"samples": 12, "weights_sha256": "b"}, tmp_path)
 
 
 def test_rows_of_few_images_end_in_black(pipe, phantom_data, tmp_path):

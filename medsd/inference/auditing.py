@@ -1,5 +1,6 @@
 """The audit of a pipeline: does it copy the images that it was trained on, and do its errors tell them from others?"""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,19 @@ def audit_record(
     ]
     made = {"medsd": medsd.__version__, "weights_sha256": pipeline_sha256(folder) if folder.is_dir() else None, "model": pipe.fingerprint()}
     made |= {"data": pipe.data.fingerprint, "training_images": len(keys), "extractor": extractor}
-    return made | audit_summary(found, rate) | {"quantity": "closeness to the training images, in deviations", "flagged_samples": flagged}
+    return (
+        made
+        | audit_summary(found, rate)
+        | {"quantity": "distance to the training images beside that to others, in deviations", "flagged_samples": flagged}
+    )
+
+
+def replaces(audit: dict[str, Any], folder: Path) -> bool:
+    """Whether it may take the place of the folder's `audit.json`: it failed, or that is of other weights, or of no more samples."""
+    file = folder / "audit.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    same = before.get("weights_sha256") == audit["weights_sha256"]
+    return not same or audit["verdict"] == "failed" or before["samples"] <= audit["samples"]
 
 
 def held_out_rows(dataset_name: str) -> Any:
