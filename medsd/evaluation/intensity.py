@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from medsd.evaluation.reconstruction import TISSUES
 
-BINS, FINE = 100, 10
-"""Bins that are drawn, and into how many each is cut to measure distances."""
+BINS, FINE = 40, 25
+"""Bins that are drawn, wide enough for several whole HU each, and into how many each is cut to measure distances."""
 TISSUE_EDGES = np.array([*(low for low, _ in TISSUES.values()), np.inf])
 
 
