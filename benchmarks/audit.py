@@ -20,8 +20,8 @@ from datasets import concatenate_datasets
 from medsd import MedSDPipeline, load_dataset
 from medsd.data.transforms import column
 from medsd.evaluation.memorization import audit_summary
-from medsd.inference.auditing import Seen, copies_among, mirrored, unit_images
-from medsd.inference.extractors import Extractor, extract, load_extractor
+from medsd.inference.auditing import Seen, audit_rows, unit_images
+from medsd.inference.extractors import extract, load_extractor
 from medsd.inference.generating import Sampling, draw_batch
 
 AT_ONCE = 50
@@ -45,16 +45,11 @@ def samples_of(pipe: MedSDPipeline, count: int, seed: int) -> torch.Tensor:
     return torch.cat(parts)[:count]
 
 
-def seen(extractor: Extractor, pipe: MedSDPipeline, rows: object) -> Seen:
-    return Seen.of(extractor, unit_images(pipe, rows), column(rows, "patient_id").to_pylist())
-
-
 def flagged(pipe: MedSDPipeline, samples: torch.Tensor, training: object, held_out: object, rate: float) -> tuple[object, dict]:
     """Findings and their summary."""
-    extractor = load_extractor("unet", pipe, pipe.device)
-    turned = extract(extractor, mirrored(unit_images(pipe, training))()).values
-    ours = Seen.of(extractor, lambda: iter(samples.split(AT_ONCE)))
-    found = copies_among(ours, seen(extractor, pipe, training), turned, seen(extractor, pipe, held_out), rate)
+    extractor, batches = load_extractor("unet", pipe, pipe.device), samples.split(AT_ONCE)
+    ours = Seen.of(lambda: iter(batches), extract(extractor, iter(batches)).values)
+    found, rate = audit_rows(extractor, ours, pipe, training, held_out, rate)
     return found, audit_summary(found, rate)
 
 

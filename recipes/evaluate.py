@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from medsd.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
     from accelerate import Accelerator
+    from tqdm import tqdm
 
     from medsd.evaluation.features import Features
     from medsd.inference.extractors import Extractor
@@ -184,7 +186,7 @@ def sampling_of(config: EvaluateConfig) -> "Sampling":
 def classifier(evaluation: Evaluation) -> None:
     """The metrics of classify.py, and by subgroup."""
     from medsd.evaluation.tables import NAMES
-    from medsd.report.collect import no_scores, read_scores
+    from medsd.report.collect import no_scores, plotted, read_scores
 
     folder, pipe = Path(evaluation.config.scores), evaluation.pipe
     why = no_scores(folder, pipe, evaluation.config.dataset_name)
@@ -200,12 +202,6 @@ def classifier(evaluation: Evaluation) -> None:
     evaluation.metrics["subgroups"] = scores.subgroups
 
 
-def plotted(row: dict[str, Any]) -> dict[str, Any]:
-    """A subgroup's row as the report draws it: by its AUROC."""
-    low, high = row["auroc_ci"] or (None, None)
-    return {"column": row["column"], "value": row["value"], "n": row["n"], "metric": row["auroc"], "low": low, "high": high}
-
-
 def distributions(evaluation: Evaluation) -> None:
     """FID, KID and their kin, overall and by class, and the audit, which looks at the same features."""
     from medsd.data.transforms import column
@@ -214,10 +210,12 @@ def distributions(evaluation: Evaluation) -> None:
     from medsd.inference.extractors import extract
 
     config, pipe, judged, extractor = evaluation.config, evaluation.pipe, evaluation.generated, evaluation.extractor
-    real, generated = (extract(extractor, batches) for batches in (unit_images(pipe, evaluation.rows)(), judged.batches()))
     patients = column(evaluation.rows, "patient_id").to_pylist()
     rows, labels = floor_images(evaluation)
-    other = extract(extractor, unit_images(pipe, rows)()) if rows else None
+    with looking(len(patients) + len(judged.labels) + len(rows or ())) as bar:
+        see = partial(extract, extractor, progress=bar.update)
+        real, generated = see(unit_images(pipe, evaluation.rows)()), see(judged.batches())
+        other = see(unit_images(pipe, rows)()) if rows else None
     others = column(rows, "patient_id").to_pylist() if rows else None
     evaluation.add(distribution_metrics(generated, real, patients, other, others, seed=config.seed))
     if len(pipe.class_names) > 1:
@@ -225,6 +223,13 @@ def distributions(evaluation: Evaluation) -> None:
         evaluation.add(by_class(*sides, patients, pipe.class_names, other, labels, others, seed=config.seed))
     evaluation.material.features = {"real": (real.values, evaluation.labels), "generated": (generated.values, judged.labels)}
     audit(evaluation, generated)
+
+
+def looking(images: int) -> "tqdm":
+    """A bar of images whose features are taken."""
+    from tqdm import tqdm
+
+    return tqdm(total=images, desc="features", unit="image")
 
 
 def floor_split(config: EvaluateConfig) -> str:
@@ -256,18 +261,7 @@ def audit(evaluation: Evaluation, generated: "Features") -> None:
     """Copies of training images among the generated ones, where the data is what the pipeline was trained on."""
     from medsd.data.dataset import load_dataset
     from medsd.data.transforms import column, training_rows
-    from medsd.inference.auditing import (
-        Seen,
-        audit_record,
-        copies_among,
-        held_out_rows,
-        membership_signal,
-        mirrored,
-        no_audit,
-        possible_rate,
-        unit_images,
-    )
-    from medsd.inference.extractors import extract
+    from medsd.inference.auditing import Seen, audit_record, audit_rows, held_out_rows, membership_signal, no_audit
     from medsd.inference.folder import trained_on
     from medsd.report.images import suspects
 
@@ -279,12 +273,9 @@ def audit(evaluation: Evaluation, generated: "Features") -> None:
         return
     training = training_rows(load_dataset(config.dataset_name, "train"), *trained_on(Path(config.pipeline)))
     held_out = held_out_rows(config.dataset_name)
-    images, others = unit_images(pipe, training), unit_images(pipe, held_out)
-    samples = Seen.of(extractor, judged.batches, features=generated.values)
-    known = Seen.of(extractor, images, column(training, "patient_id").to_pylist())
-    unseen = Seen.of(extractor, others, column(held_out, "patient_id").to_pylist())
-    rate = possible_rate(config.false_positive_rate, len(unseen.features))
-    found = copies_among(samples, known, extract(extractor, mirrored(images)()).values, unseen, rate)
+    samples = Seen.of(judged.batches, generated.values)
+    with looking(2 * len(training) + len(held_out)) as bar:
+        found, rate = audit_rows(extractor, samples, pipe, training, held_out, config.false_positive_rate, bar.update)
     keys, told = column(training, "key").to_pylist(), judged.told(config.seed)
     evaluation.audit = audit_record(pipe, Path(config.pipeline), found, rate, generated.extractor, keys, told)
     evaluation.audit |= membership_signal(pipe, training, held_out, config.seed)

@@ -13,7 +13,7 @@ from medsd.data.dataset import load_dataset, load_info
 from medsd.data.transforms import column, row_labels
 from medsd.errors import InputError
 from medsd.evaluation.resampling import mean_with_interval
-from medsd.inference.auditing import Seen, audit_record, copies_among, membership_signal, mirrored, own_prompts, replaces, unit_images
+from medsd.inference.auditing import Seen, audit_record, audit_rows, copies_among, membership_signal, own_prompts, replaces, unit_images
 from medsd.inference.extractors import extract, load_extractor
 from medsd.inference.folder import pipeline_sha256
 from medsd.inference.gallery import Gallery
@@ -74,17 +74,10 @@ def test_a_stopped_drawing_goes_on_and_comes_out_the_same(pipe, tmp_path):
 def test_planted_training_images_fail_the_audit_of_a_folder(pipe, phantom_data, tmp_path):
     training, held_out = (load_dataset(phantom_data, split) for split in ("train", "test"))
     extractor = load_extractor("unet", pipe, pipe.device)
-    images, others = unit_images(pipe, training), unit_images(pipe, held_out)
-    planted = next(images())[:12].flip(-1)
-    seen = [
-        Seen.of(extractor, batches, patients)
-        for batches, patients in (
-            (lambda: iter([planted]), []),
-            (images, column(training, "patient_id").to_pylist()),
-            (others, column(held_out, "patient_id").to_pylist()),
-        )
-    ]
-    found = copies_among(*seen[:2], extract(extractor, mirrored(images)()).values, seen[2], rate=0.05)
+    planted, looked_at = next(unit_images(pipe, training)())[:12].flip(-1), []
+    samples = Seen.of(lambda: iter([planted]), extract(extractor, planted).values)
+    found, rate = audit_rows(extractor, samples, pipe, training, held_out, 0.05, looked_at.append)
+    assert rate == 0.05 and sum(looked_at) == 2 * len(training) + len(held_out)
     assert found.copies.all() and found.nearest.tolist() == list(range(12))
     pipe.save_pretrained(tmp_path / "unet")
     keys = column(training, "key").to_pylist()

@@ -108,7 +108,9 @@ def test_features_are_the_same_in_any_order_and_company(pipe, latent_pipe, name)
     extractor, images = build_extractors(pipe, latent_pipe)[name], draw(37)
     features = extract(extractor, images, batch_size=16)
     order = torch.randperm(37, generator=torch.Generator().manual_seed(3))
-    alike = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    # In attention, the kernels of some processors round by the place of a row.
+    rounded = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    alike = rounded if name == "vision" else np.testing.assert_array_equal
     alike(extract(extractor, images[order], batch_size=16).values, features.values[order])
     alike(extract(extractor, iter(images[5:].split(7)), batch_size=16).values, features.values[5:])
     alike(extract(extractor, images[-1:], batch_size=16).values, features.values[-1:])

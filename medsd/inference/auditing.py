@@ -23,7 +23,7 @@ from medsd.evaluation.memorization import (
     membership,
     pixel_neighbours,
 )
-from medsd.inference.extractors import Extractor, extract
+from medsd.inference.extractors import Extractor, Progress, extract
 from medsd.inference.folder import pipeline_sha256
 from medsd.inference.pipeline import MedSDPipeline
 from medsd.inference.plan import make_plan
@@ -47,10 +47,28 @@ class Seen:
     """N ids; of generated images none."""
 
     @classmethod
-    def of(cls, extractor: Extractor, batches: Batches, patients: Sequence[str] = (), features: np.ndarray | None = None) -> "Seen":
-        """In two passes, or one where their `features` are known already."""
-        small = torch.cat([adaptive_avg_pool2d(batch, SIDE) for batch in batches()])
-        return cls(small, extract(extractor, batches()).values if features is None else features, list(patients))
+    def of(cls, batches: Batches, features: np.ndarray, patients: Sequence[str] = ()) -> "Seen":
+        """Of images with their features."""
+        return cls(torch.cat([adaptive_avg_pool2d(batch, SIDE) for batch in batches()]), features, list(patients))
+
+
+def audit_rows(
+    extractor: Extractor,
+    samples: Seen,
+    pipe: MedSDPipeline,
+    training: Any,
+    held_out: Any,
+    wanted: float,
+    progress: Progress = lambda images: None,
+) -> tuple[Findings, float]:
+    """`copies_among` for prepared rows, and the rate that so many held-out ones can vouch for, see `possible_rate`.
+
+    `progress` is called with the number of images of each batch, of which there are twice `training`, and `held_out`.
+    """
+    (images, known), (others, unseen) = ((unit_images(pipe, rows), column(rows, "patient_id").to_pylist()) for rows in (training, held_out))
+    first, turned, second = (extract(extractor, some(), progress=progress).values for some in (images, mirrored(images), others))
+    rate = possible_rate(wanted, len(second))
+    return copies_among(samples, Seen.of(images, first, known), turned, Seen.of(others, second, unseen), rate), rate
 
 
 def copies_among(samples: Seen, training: Seen, mirrored: np.ndarray, held_out: Seen, rate: float) -> Findings:
@@ -86,11 +104,8 @@ def audit_record(
     ]
     made = {"medsd": medsd.__version__, "weights_sha256": pipeline_sha256(folder) if folder.is_dir() else None, "model": pipe.fingerprint()}
     made |= {"data": pipe.data.fingerprint, "training_images": len(keys), "extractor": extractor}
-    return (
-        made
-        | audit_summary(found, rate)
-        | {"quantity": "distance to the training images beside that to others, in deviations", "flagged_samples": flagged}
-    )
+    quantity = "distance to the training images beside that to others, in deviations"
+    return made | audit_summary(found, rate) | {"quantity": quantity, "flagged_samples": flagged}
 
 
 def replaces(audit: dict[str, Any], folder: Path) -> bool:
@@ -113,7 +128,7 @@ def no_audit(pipe: MedSDPipeline, dataset_name: str) -> str:
     if load_info(dataset_name).fingerprint != pipe.data.fingerprint:
         return "this is not the data that the pipeline was trained on"
     if "train" not in available_splits(dataset_name):
-        return f"{Path(dataset_name).name} has no train split, whose images may be copied"
+        return "the data has no train split, whose images may be copied"
     held_out = [split for split in available_splits(dataset_name) if split != "train"]
     few = not held_out or len(column(held_out_rows(dataset_name), "patient_id").unique()) < 2
     return "it compares patients, and fewer than two are held out" if few else ""

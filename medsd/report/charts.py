@@ -165,7 +165,7 @@ def audit(material: Material) -> Iterator[Chart]:
         quantity = (material.audit or {}).get("quantity", "distance to the nearest training image")
         alt = f"{quantity.capitalize()}: median {number(np.median(samples))} of {len(samples)} generated images, "
         alt += f"{number(np.median(held_out))} of {len(held_out)} held-out real ones; threshold {number(threshold)}."
-        caption = "Further left is nearer to training images. A model that copies brings generated images nearer than others' real ones."
+        caption = "Further left is nearer to training images. A model that copies brings generated images nearer than held-out real ones."
         yield Chart("audit_distances", partial(figures.audit_distances, *material.audit_scores, quantity), alt, caption)
     if material.audit_pairs is not None and len(material.audit_pairs[0]):
         alt = f"{len(material.audit_pairs[0])} generated images beside their nearest training images: "

@@ -70,6 +70,12 @@ def read_scores(folder: Path, pipe: MedSDPipeline, dataset_name: str, label_map:
     return ReadScores(metrics, probabilities, labels, predictions, groups, _evidence(folder / "evidence"))
 
 
+def plotted(row: dict[str, Any]) -> dict[str, Any]:
+    """A subgroup's row as the report draws it: by its AUROC."""
+    low, high = row["auroc_ci"] or (None, None)
+    return {"column": row["column"], "value": row["value"], "n": row["n"], "metric": row["auroc"], "low": low, "high": high}
+
+
 def _rows_of(dataset_name: str, keys: list[str]) -> Any:
     """Rows of the held-out split that has these keys, in their order; None where none has all."""
     for split in available_splits(dataset_name):
