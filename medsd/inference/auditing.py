@@ -104,7 +104,7 @@ def audit_record(
     ]
     made = {"medsd": medsd.__version__, "weights_sha256": pipeline_sha256(folder) if folder.is_dir() else None, "model": pipe.fingerprint()}
     made |= {"data": pipe.data.fingerprint, "training_images": len(keys), "extractor": extractor}
-    quantity = "distance to the training images beside that to others, in deviations"
+    quantity = "distance to training images beside others, in deviations"
     return made | audit_summary(found, rate) | {"quantity": quantity, "flagged_samples": flagged}
 
 
