@@ -66,7 +66,7 @@ def write_images(config: GenerateConfig, accelerator: "Accelerator") -> None:
     draw(config, pipe, accelerator, todo, sampling, gallery)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish(config, len(names), gallery)
+        finish(config, names, gallery)
 
 
 def chosen_classes(wanted: tuple[str, ...] | None, pipe: "MedSDPipeline") -> list[str | None]:
@@ -140,14 +140,15 @@ def write_batch(
     return lines
 
 
-def finish(config: GenerateConfig, classes: int, gallery: "Gallery") -> None:
+def finish(config: GenerateConfig, names: list[str | None], gallery: "Gallery") -> None:
     """Write the overview and the manifest, put the folder in its place, and say what is in it."""
     from medsd.data.export import SYNTHETIC, png_texts
     from medsd.inference.gallery import OVERVIEW
     from medsd.inference.pictures import grid
 
     lines, texts = gallery.lines(), {"Software": f"medsd {medsd.__version__}", "Description": SYNTHETIC}
-    grid(gallery.views().unflatten(0, (classes, -1))).save(gallery.files / OVERVIEW, pnginfo=png_texts(texts))
+    sheet = grid(gallery.views().unflatten(0, (len(names), -1)), [name for name in names if name is not None])
+    sheet.save(gallery.files / OVERVIEW, pnginfo=png_texts(texts))
     gallery.publish()
     if config.min_probability is not None:
         again, below = sum(line["tries"] > 1 for line in lines), sum(not line["accepted"] for line in lines)

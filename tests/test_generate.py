@@ -24,6 +24,7 @@ from medsd.errors import InputError
 from medsd.inference.animation import FRAMES, Film, chosen_steps, write_animation
 from medsd.inference.gallery import Gallery, folder_names
 from medsd.inference.generating import Sampling, batches, draw_batch, image_seed
+from medsd.inference.pictures import grid
 from recipes import generate
 from tests.conftest import REPOSITORY
 from tests.test_pipeline import pipeline
@@ -233,6 +234,15 @@ def test_classes_whose_folders_collide_are_kept_apart(info, tmp_path):
     assert [line["file"] for line in manifest(alone)] == ["a-b-2/00000.png"]
 
 
+def test_each_row_of_a_sheet_stands_beside_its_name():
+    images = torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1, 1).expand(2, 3, 1, 64, 64)
+    sheet = np.asarray(grid(images, ["a", "a longer name"]))
+    margin = sheet.shape[1] - 3 * 128
+    assert margin > 0 and np.array_equal(sheet[:, margin:], np.asarray(grid(images)))
+    short, long = (np.flatnonzero(name.any(0)) for name in np.split(sheet[:, :margin], 2))
+    assert 0 < short.max() < long.max() < margin - 1
+
+
 def test_a_pipeline_without_classes(info, tmp_path):
     pipeline(info.without_classes()).save_pretrained(tmp_path / "unet")
     images = made(tmp_path / "unet", tmp_path / "images", format="dicom", num_images=11)
@@ -284,8 +294,10 @@ def command(folder, output_dir):
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """An uninterrupted run."""
-    return made(folder, tmp_path_factory.mktemp("whole") / "images", num_images=6, num_inference_steps=4, gif=True)
+    """An uninterrupted run, of one thread as all of ENVIRONMENT: the number of threads changes how sums are rounded."""
+    images = tmp_path_factory.mktemp("whole") / "images"
+    subprocess.run([sys.executable, *command(folder, images)], cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, check=True)
+    return images
 
 
 @pytest.mark.slow
@@ -307,12 +319,15 @@ def test_a_killed_run_goes_on_and_ends_alike(folder, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_draw_the_same_bytes(folder, whole, tmp_path):
+def test_two_processes_draw_the_same_images(folder, whole, tmp_path):
     words = [*LAUNCHERS[2], *command(folder, tmp_path / "images")]
     answer = subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert "18/18" in answer.stderr  # The main process's half of 36 images.
-    assert content(tmp_path / "images") == content(whole)
+    assert manifest(tmp_path / "images") == manifest(whole) and content(tmp_path / "images").keys() == content(whole).keys()
+    for line in manifest(whole):  # To a grey level: each process has half of the cores, however many these are.
+        drawn, wanted = (np.int16(Image.open(images / line["file"])) for images in (tmp_path / "images", whole))
+        np.testing.assert_allclose(drawn, wanted, rtol=0, atol=1)
 
 
 @pytest.fixture

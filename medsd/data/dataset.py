@@ -4,6 +4,7 @@ An image is stored as a struct of bytes, shape and dtype, because that keeps the
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -169,12 +170,17 @@ def _decode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return batch | decoded
 
 
+def looks_like_hub_id(name: str) -> bool:
+    """Whether `name` can be a Hub repository (`user/name`) rather than a path: its first part is no folder here."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name.split("/")[0]).is_dir()
+
+
 def _download_info(hub_id: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     missing = f"{hub_id}: no prepared data there; make it with recipes/prepare_data.py (--config or --source, and --output_dir {hub_id})"
-    if Path(hub_id).exists() or hub_id.count("/") != 1:
+    if Path(hub_id).exists() or not looks_like_hub_id(hub_id):
         raise InputError(missing)
     try:
         return Path(hf_hub_download(hub_id, INFO_FILE, repo_type="dataset"))

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from medsd.data.dataset import looks_like_hub_id
 from medsd.errors import InputError
 from medsd.evaluation.features import Features
-from medsd.inference.folder import INDEX_FILE, looks_like_hub_id
+from medsd.inference.folder import INDEX_FILE
 from medsd.inference.pipeline import MedSDPipeline
 from medsd.inference.plan import pair_noise
 from medsd.models.codec import PixelCodec

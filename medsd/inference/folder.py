@@ -7,7 +7,6 @@ diffusers. A LoRA run holds its adapters, its class tokens' embeddings and the n
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -117,7 +116,9 @@ def _training_state(folder: Path) -> str:
     record = json.loads(status.read_text())
     if record["state"] == "finished":
         return ""
-    return f" (training is {record['state']} at step {record['step']}; go on with --resume_from_checkpoint latest)"
+    again = "go on with --resume_from_checkpoint latest"
+    remedy = f"wait for its end, or {again} if it was killed" if record["state"] == "running" else again
+    return f" (training is {record['state']} at step {record['step']}; {remedy})"
 
 
 def write_info(folder: Path, info: PipelineInfo) -> None:
@@ -146,11 +147,6 @@ def read_embeddings(folder: Path) -> dict[str, torch.Tensor]:
     """What `write_embeddings` wrote."""
     files = sorted((folder / EMBEDS_DIR).glob("*.safetensors"))
     return {token: embedding for file in files for token, embedding in load_file(file).items()}
-
-
-def looks_like_hub_id(name: str) -> bool:
-    """Whether `name` can be a Hub repository (`user/name`) rather than a path: its first part is no folder here."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name.split("/")[0]).is_dir()
 
 
 def download_record(hub_id: str, revision: str | None) -> Path:

@@ -1,8 +1,8 @@
 """Images drawn by class, batch by batch, and drawn again where the model's own classifier takes them for another class.
 
 A *batch* is a fixed handful of images of one class, and the unit of work: an image's last bit depends on what is computed beside it,
-so the same batches give the same bits whatever process draws them, and after whatever interruption. An *attempt* is one drawing of an
-image; the first is number 0.
+so the same batches give the same bits whatever process of as many threads draws them, and after whatever interruption. An *attempt* is
+one drawing of an image; the first is number 0.
 """
 
 from collections.abc import Sequence

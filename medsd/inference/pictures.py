@@ -1,10 +1,13 @@
 """8-bit views of images in `[-1, 1]`."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-LINE = 14
+LINE, PADDING = 14, 4
+"""Pixels of text."""
 
 
 def picture(unit: torch.Tensor) -> Image.Image:
@@ -20,17 +23,25 @@ def shown(unit: torch.Tensor) -> np.ndarray:
     return np.asarray(picture(unit))
 
 
-def grid(images: torch.Tensor, side: int = 128) -> Image.Image:
-    """Images `(rows, columns, C, H, W)` on one sheet; small ones are enlarged to about `side` pixels."""
+def grid(images: torch.Tensor, names: Sequence[str] = (), side: int = 128) -> Image.Image:
+    """Images `(rows, columns, C, H, W)` on one sheet, each row beside its name; small ones are enlarged to about `side` pixels."""
     views = [[picture(image) for image in row] for row in images]
     width, height = views[0][0].size
     zoom = max(1, side // height)
-    sheet = Image.new(views[0][0].mode, (len(views[0]) * width * zoom, len(views) * height * zoom))
+    width, height, margin = width * zoom, height * zoom, _margin(names)
+    sheet = Image.new(views[0][0].mode, (margin + len(views[0]) * width, len(views) * height))
+    text = ImageDraw.Draw(sheet)
     for row, line in enumerate(views):
         for column, view in enumerate(line):
-            enlarged = view.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (column * width * zoom, row * height * zoom))
+            sheet.paste(view.resize((width, height), Image.Resampling.NEAREST), (margin + column * width, row * height))
+    for row, name in enumerate(names):
+        text.text((PADDING, (row + 0.5) * height), name, fill="white", anchor="lm")
     return sheet
+
+
+def _margin(names: Sequence[str]) -> int:
+    text = ImageDraw.Draw(Image.new("L", (1, 1)))
+    return max((int(text.textlength(name)) + 2 * PADDING for name in names), default=0)
 
 
 def overlay(unit: np.ndarray, values: np.ndarray, side: int = 256) -> Image.Image:
@@ -47,9 +58,9 @@ def overlay(unit: np.ndarray, values: np.ndarray, side: int = 256) -> Image.Imag
 def captioned(picture: Image.Image, lines: list[str]) -> Image.Image:
     """The picture under lines of text."""
     text = ImageDraw.Draw(picture)
-    width = max([picture.width, *(int(text.textlength(line)) + 8 for line in lines)])
+    width = max([picture.width, *(int(text.textlength(line)) + 2 * PADDING for line in lines)])
     sheet = Image.new("RGB", (width, picture.height + LINE * len(lines) + 6))
     for number, line in enumerate(lines):
-        ImageDraw.Draw(sheet).text((4, 3 + LINE * number), line, fill="white")
+        ImageDraw.Draw(sheet).text((PADDING, 3 + LINE * number), line, fill="white")
     sheet.paste(picture, (0, sheet.height - picture.height))
     return sheet

@@ -16,7 +16,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTokenizer
 
-from medsd.data.dataset import DataInfo
+from medsd.data.dataset import DataInfo, looks_like_hub_id
 from medsd.data.intensity import Range
 from medsd.data.prompts import class_words
 from medsd.errors import InputError
@@ -248,7 +248,7 @@ class MedSDPipeline(
         """
         name = str(pretrained_model_name_or_path)
         check_local(name)
-        local = Path(name).exists() or not folders.looks_like_hub_id(name)
+        local = Path(name).exists() or not looks_like_hub_id(name)
         record = Path(name) if local else folders.download_record(name, options.get("revision"))
         if is_foreign(str(record)):
             return cls._from_foreign(load_foreign(name, options.get("revision")))

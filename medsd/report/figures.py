@@ -224,7 +224,7 @@ def audit_distances(samples: ArrayLike, held_out: ArrayLike, threshold: float, q
         axes.hist(values, bins, weights=shares, alpha=0.55, color=style["color"], label=f"{name} ({len(values)})")
     axes.axvline(threshold, color=ink(), linestyle="--", linewidth=1.4, label="threshold")
     axes.set(xlabel=quantity, ylabel="share of images")
-    axes.legend()
+    axes.legend(loc="upper right")
     return figure
 
 

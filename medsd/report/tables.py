@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 NAMES = {
-    "n": ("Images", ""),
+    "n": ("Images classified", "of which the classifier's numbers are"),
     "accuracy": ("Accuracy", "share of right answers"),
     "balanced_accuracy": ("Balanced accuracy", "mean share of right answers over classes"),
     "auroc": ("AUROC", "how often an image of the class ranks above one without; 0.5 is chance"),

@@ -91,4 +91,4 @@ def preview(pipe: MedSDPipeline, columns: int = 4, seed: int = 0) -> Image.Image
             output_type="pt",
         ).images
         rows.append(images * 2 - 1)
-    return grid(torch.stack(rows))
+    return grid(torch.stack(rows), pipe.class_names)
