@@ -34,13 +34,14 @@ def signals_of_a_terminal():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def short_previews():
-    """Two steps instead of twenty: no test looks at more of these pictures than their size, and runs have many."""
+def short_looks():
+    """Pictures in two steps instead of twenty and a ranking by two pairs instead of eight: runs look often, and tests not closely."""
     from medsd.training import preview
 
-    steps, preview.PREVIEW_STEPS = preview.PREVIEW_STEPS, 2
-    yield
-    preview.PREVIEW_STEPS = steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preview, "PREVIEW_STEPS", 2)
+        patch.setattr(preview, "QUICK_PAIRS", 2)
+        yield
 
 
 @pytest.fixture(scope="session")
