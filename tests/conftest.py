@@ -10,6 +10,8 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # As many workers as cores: a thread each.
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +37,14 @@ def signals_of_a_terminal():
 
 @pytest.fixture(scope="session", autouse=True)
 def short_looks():
-    """Pictures in two steps instead of twenty and a ranking by two pairs instead of eight: runs look often, and tests not closely."""
-    from medsd.training import preview
+    """Pictures in two steps instead of twenty, a ranking by two pairs instead of eight, and no count of FLOPs.
+
+    Runs look at the end, tests start many, and few of them look at what is seen there.
+    """
+    from medsd.training import preview, setup
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "FlopCounter", lambda network: None)
         patch.setattr(preview, "PREVIEW_STEPS", 2)
         patch.setattr(preview, "QUICK_PAIRS", 2)
         yield

@@ -22,12 +22,14 @@ from recipes import classify, evaluate
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_pairs():
-    """Of what looks at real images with many pairs each, whose bounds are tested elsewhere."""
+def few_pairs_and_pixels():
+    """Of what looks at real images with many pairs each, whose bounds are tested elsewhere, and of figures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "BOUND_IMAGES", 8)
         patch.setattr(evaluate, "BOUND_PAIRS", 4)
         patch.setattr("medsd.inference.auditing.MEMBERS", 24)
+        patch.setattr("medsd.report.page.CHART_DPI", 50)
+        patch.setattr("medsd.report.page.PICTURE_DPI", 50)
         yield
 
 
@@ -141,7 +143,9 @@ def test_an_unconditional_pipeline_is_judged_as_a_whole(config, run, phantom_dat
 
 
 @pytest.mark.slow
-def test_what_others_learn_from_the_images(config, run):
+def test_what_others_learn_from_the_images(config, run, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))  # Where a ResNet of the data may be from an earlier run.
+    monkeypatch.setattr("medsd.training.discriminative.QUICK_UPDATES", 60)
     evaluate.main(replace(config, output_dir=str(run / "utility"), utility=True, features=config.dataset_name))
     metrics = json.loads((run / "utility/metrics.json").read_text())
     assert metrics["extractor"].startswith("resnet sha256:")

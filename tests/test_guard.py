@@ -532,6 +532,15 @@ def test_flops_are_those_of_all_passes():
     assert counter.total() == 4 * 2 * once
 
 
+def test_a_run_says_what_it_took(phantom_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("medsd.training.setup.FlopCounter", FlopCounter)
+    folder = train(phantom_data, tmp_path / "unet", validation_steps=0)
+    found = json.loads((folder / "environment.json").read_text())["profile"]
+    assert found["flops_per_second"] > 1e6 and found["images_per_second"] > 0 and found["peak_memory_gb"] > 0.1
+    assert sum(found[f"share_{phase}"] for phase in ("data", "forward", "backward", "optimizer")) == pytest.approx(1, abs=1e-3)
+    assert "TFLOP/s" in capsys.readouterr().out
+
+
 def test_what_cannot_be_counted_costs_nothing():
     class Network(torch.nn.Module):
         def forward(self, numbers):

@@ -67,13 +67,20 @@ def test_two_processes_train_as_one_with_twice_the_batch_and_resume(phantom_data
     assert all((value - other[name]).abs().max() < 1e-3 for name, value in final.items())
 
 
+DISCRIMINATIVE = ["--discriminative_weight", "0.1", "--max_train_steps", "4"]
+
+
+@pytest.fixture(scope="module")
+def discriminative(phantom_data, tmp_path_factory):
+    """One process with the discriminative term and batches of 8."""
+    return launch(1, tmp_path_factory.mktemp("discriminative") / "unet", phantom_data, *DISCRIMINATIVE, "--train_batch_size", "8")
+
+
 @pytest.mark.parametrize("processes", [2, "fsdp2"])
-def test_the_discriminative_term_is_that_of_one_process(phantom_data, tmp_path, processes):
+def test_the_discriminative_term_is_that_of_one_process(phantom_data, discriminative, tmp_path, processes):
     """Within more than other losses, since it is made of small differences of them."""
-    flags = ["--discriminative_weight", "0.1", "--max_train_steps", "4"]
-    one = launch(1, tmp_path / "one", phantom_data, *flags, "--train_batch_size", "8")
-    folder = launch(processes, tmp_path / "two", phantom_data, *flags, "--train_batch_size", "4")
-    assert losses(folder) == pytest.approx(losses(one), abs=1e-4)
+    folder = launch(processes, tmp_path / "unet", phantom_data, *DISCRIMINATIVE, "--train_batch_size", "4")
+    assert losses(folder) == pytest.approx(losses(discriminative), abs=1e-4)
 
 
 def test_adapters_and_class_tokens_are_sharded_in_half_precision(phantom_data, whole, tmp_path):
