@@ -364,9 +364,9 @@ def complete(evaluation: Evaluation) -> None:
     material.metrics = evaluation.metrics
     material.facts = run_facts(pipe, run_folder, config.dataset_name) | {"Generated with": drawn}
     material.curves, material.environment = read_curves(run_folder), read_environment(run_folder)
-    material.sweep = read_sweep(Path(config.sweep))
+    material.sweep = read_sweep(Path(config.sweep), config.dataset_name)
     if not material.sweep:
-        print(f"no data-size curve: {config.sweep} holds no sweep")
+        print(f"no data-size curve: {config.sweep} holds no sweep of this data")
 
 
 def finish(evaluation: Evaluation) -> None:
@@ -388,7 +388,7 @@ def finish(evaluation: Evaluation) -> None:
         if replaces(evaluation.audit, run_folder):
             write_text(run_folder / "audit.json", audited)
         else:
-            print(f"{run_folder / 'audit.json'} stays: it is of more samples")
+            print(f"{run_folder / 'audit.json'} stays: it is of more samples, or failed with as many; look again with more --num_samples")
     shutil.rmtree(evaluation.generated.gallery.work, ignore_errors=True)
     say(evaluation)
 

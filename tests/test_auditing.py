@@ -150,6 +150,8 @@ def test_an_audit_of_fewer_samples_replaces_none_of_more(tmp_path):
     assert replaces(audit, tmp_path) and not replaces(audit | {"samples": 12}, tmp_path)
     assert replaces(audit | {"samples": 12, "verdict": "failed"}, tmp_path)
     assert replaces(audit | {"samples": 12, "weights_sha256": "b"}, tmp_path)
+    (tmp_path / "audit.json").write_text(json.dumps(audit | {"verdict": "failed"}))
+    assert not replaces(audit, tmp_path) and replaces(audit | {"samples": 49}, tmp_path)
 
 
 def test_rows_of_few_images_end_in_black(pipe, phantom_data, tmp_path):

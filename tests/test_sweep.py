@@ -21,6 +21,7 @@ from medsd.data.dataset import load_dataset, load_info
 from medsd.data.transforms import column, training_rows
 from medsd.errors import InputError
 from medsd.evaluation.repeats import mean_of_seeds
+from medsd.report.collect import read_sweep
 from medsd.report.sweep import with_metric
 from medsd.seats import Seat, last_words, seats, side_by_side
 from recipes import finetune_unet, finetune_vae, sweep_data_size
@@ -96,6 +97,14 @@ def test_what_is_done_is_not_done_again(swept, capsys):
     said = capsys.readouterr().out
     assert "1 of 1 cells are done already" in said and len(table(folder)) == 1
     assert ["tiny", table(folder)[0]["patients"]] in [line.split()[:2] for line in said.splitlines()]
+
+
+def test_a_report_shows_a_sweep_of_its_own_data_alone(swept, phantom_data, tmp_path):
+    folder, _ = swept
+    assert [row["model"] for row in read_sweep(folder, str(phantom_data))] == ["tiny"]
+    info = json.loads((phantom_data / "medsd.json").read_text())
+    (tmp_path / "medsd.json").write_text(json.dumps(info | {"fingerprint": "another"}))
+    assert read_sweep(folder, str(tmp_path)) == [] and read_sweep(tmp_path, str(phantom_data)) == []
 
 
 def test_a_cell_of_other_settings_is_named_and_stays(swept, phantom_data, tmp_path):

@@ -109,11 +109,15 @@ def audit_record(
 
 
 def replaces(audit: dict[str, Any], folder: Path) -> bool:
-    """Whether it may take the place of the folder's `audit.json`: it failed, or that is of other weights, or of no more samples."""
+    """Whether it may take the place of the folder's `audit.json`, so that no other seed makes a failed audit good.
+
+    It may where it failed, or where that one is of other weights, is of fewer samples, or passed with as many.
+    """
     file = folder / "audit.json"
     before = json.loads(file.read_text()) if file.is_file() else {}
-    same = before.get("weights_sha256") == audit["weights_sha256"]
-    return not same or audit["verdict"] == "failed" or before["samples"] <= audit["samples"]
+    if before.get("weights_sha256") != audit["weights_sha256"] or audit["verdict"] == "failed":
+        return True
+    return before["samples"] < audit["samples"] or (before["samples"] == audit["samples"] and before["verdict"] == "passed")
 
 
 def held_out_rows(dataset_name: str) -> Any:

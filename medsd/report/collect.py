@@ -143,10 +143,10 @@ def read_environment(run: Path) -> dict[str, Any]:
     return _json(run / "environment.json")
 
 
-def read_sweep(folder: Path) -> list[dict[str, Any]]:
-    """Rows of `results.csv`, numbers as such; none where there is no such file."""
-    file = folder / "results.csv"
-    if not file.is_file():
+def read_sweep(folder: Path, dataset_name: str) -> list[dict[str, Any]]:
+    """Rows of `results.csv`, numbers as such; none where there is no such file, or where it is of other data."""
+    file, data = folder / "results.csv", load_info(dataset_name).fingerprint
+    if not file.is_file() or any(_json(record)["data"] != data for record in folder.glob("*/train.json")):
         return []
     with file.open(newline="") as stream:
         return [{name: _number(value) for name, value in row.items()} for row in csv.DictReader(stream)]
