@@ -145,7 +145,8 @@ def test_an_unconditional_pipeline_is_judged_as_a_whole(config, run, phantom_dat
 @pytest.mark.slow
 def test_what_others_learn_from_the_images(config, run, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))  # Where a ResNet of the data may be from an earlier run.
-    monkeypatch.setattr("medsd.training.discriminative.QUICK_UPDATES", 60)
+    monkeypatch.setattr("medsd.training.discriminative.QUICK_EPOCHS", 4)
+    monkeypatch.setattr("medsd.training.discriminative.QUICK_UPDATES", 30)
     evaluate.main(replace(config, output_dir=str(run / "utility"), utility=True, features=config.dataset_name))
     metrics = json.loads((run / "utility/metrics.json").read_text())
     assert metrics["extractor"].startswith("resnet sha256:")
