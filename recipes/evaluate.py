@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import medsd
 from medsd.commandline import run
 from medsd.config import EvaluateConfig
-from medsd.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,7 +114,7 @@ def begin(config: EvaluateConfig, accelerator: "Accelerator") -> Evaluation:
     from medsd.data.transforms import column, stratified
     from medsd.inference.gallery import Gallery
     from medsd.inference.generating import describe_scheduler, use_scheduler
-    from medsd.inference.judging import Judged, judged_rows, plan_samples
+    from medsd.inference.judging import Judged, check_comparable, judged_rows, plan_samples
     from medsd.inference.pipeline import MedSDPipeline
     from medsd.report.material import Material
     from medsd.training.discriminative import chosen_extractor
@@ -124,7 +123,7 @@ def begin(config: EvaluateConfig, accelerator: "Accelerator") -> Evaluation:
     pipe = MedSDPipeline.from_pretrained(config.pipeline).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     use_scheduler(pipe, config.scheduler)
-    check_fit(config, pipe)
+    check_comparable(pipe, config.dataset_name, config.label_map)
     if config.utility:
         check_utility(pipe, config.dataset_name)
     extractor = chosen_extractor(config.features, pipe, config.dataset_name) if accelerator.is_main_process else None
@@ -147,21 +146,6 @@ def begin(config: EvaluateConfig, accelerator: "Accelerator") -> Evaluation:
     title = f"A diffusion model of {len(pipe.class_names) or 'no'} classes, {pipe.data.resolution} px"
     material = Material(title=title, class_names=pipe.class_names or ["images"])
     return Evaluation(config, pipe, rows.select(chosen), labels[chosen], extractor, Judged(gallery, plan, names), material)
-
-
-def check_fit(config: EvaluateConfig, pipe: "MedSDPipeline") -> None:
-    """Raise InputError where the data's images are not of the pipeline's kind."""
-    from medsd.data.dataset import load_info
-    from medsd.data.matching import match_classes
-
-    info, data = load_info(config.dataset_name), pipe.data
-    if (info.unit, info.image_channels) != (data.unit, data.image_channels):
-        ours, theirs = (f"{some.image_channels} channels in {some.unit}" for some in (info, data))
-        raise InputError(f"{config.dataset_name} has {ours}, the pipeline {theirs}: prepare data of the same kind")
-    if info.resolution < data.resolution or info.resolution % data.resolution:
-        raise InputError(f"{config.dataset_name} has {info.resolution} px: prepare it at the model's --resolution {data.resolution}")
-    if pipe.class_names:
-        match_classes(info.class_names, pipe.class_names, config.label_map)
 
 
 def draw(evaluation: Evaluation, accelerator: "Accelerator") -> None:
@@ -208,10 +192,11 @@ def distributions(evaluation: Evaluation) -> None:
     from medsd.evaluation.distribution import by_class, distribution_metrics
     from medsd.inference.auditing import unit_images
     from medsd.inference.extractors import extract
+    from medsd.inference.judging import floor_rows
 
     config, pipe, judged, extractor = evaluation.config, evaluation.pipe, evaluation.generated, evaluation.extractor
     patients = column(evaluation.rows, "patient_id").to_pylist()
-    rows, labels = floor_images(evaluation)
+    rows, labels = floor_rows(pipe, config.dataset_name, floor_split(config), config.label_map, judged, config.seed)
     with looking(len(patients) + len(judged.labels) + len(rows or ())) as bar:
         see = partial(extract, extractor, progress=bar.update)
         real, generated = see(unit_images(pipe, evaluation.rows)()), see(judged.batches())
@@ -240,21 +225,6 @@ def floor_split(config: EvaluateConfig) -> str:
     judge, data = config.features, config.dataset_name
     learnt = names_data(judge, data) and load_info(judge).fingerprint == load_info(data).fingerprint
     return ("test" if config.split == "validation" else "validation") if learnt else "train"
-
-
-def floor_images(evaluation: Evaluation) -> "tuple[Any, np.ndarray | None]":
-    """Other real images, as many of each class as were generated, and their classes; none where there is no such split."""
-    import numpy as np
-
-    from medsd.data.dataset import available_splits
-    from medsd.inference.judging import judged_rows, matching_places
-
-    config, judged = evaluation.config, evaluation.generated
-    if floor_split(config) not in available_splits(config.dataset_name):
-        return None, None
-    rows, labels = judged_rows(evaluation.pipe, config.dataset_name, floor_split(config), config.label_map)
-    places = matching_places(labels, np.bincount(judged.labels, minlength=len(judged.class_names)), config.seed)
-    return (rows.select(places), labels[places]) if len(places) else (None, None)
 
 
 def audit(evaluation: Evaluation, generated: "Features") -> None:

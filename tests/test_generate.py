@@ -319,15 +319,17 @@ def test_a_killed_run_goes_on_and_ends_alike(folder, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_draw_the_same_images(folder, whole, tmp_path):
+def test_two_processes_draw_the_same_bytes(folder, whole, tmp_path):
+    """On two cores, which they share: a thread each, as the one process had."""
+
+    def confine():
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+
     words = [*LAUNCHERS[2], *command(folder, tmp_path / "images")]
-    answer = subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    answer = subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=False, preexec_fn=confine)
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert "18/18" in answer.stderr  # The main process's half of 36 images.
-    assert manifest(tmp_path / "images") == manifest(whole) and content(tmp_path / "images").keys() == content(whole).keys()
-    for line in manifest(whole):  # To a grey level: each process has half of the cores, however many these are.
-        drawn, wanted = (np.int16(Image.open(images / line["file"])) for images in (tmp_path / "images", whole))
-        np.testing.assert_allclose(drawn, wanted, rtol=0, atol=1)
+    assert content(tmp_path / "images") == content(whole)
 
 
 @pytest.fixture

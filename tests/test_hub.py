@@ -9,6 +9,7 @@ import sys
 import pyarrow.parquet
 import pytest
 
+from medsd.data.dataset import load_info
 from medsd.errors import InputError
 from medsd.hub import Secrets, check_privacy, dataset_card, files_to_send, push_dataset
 from tests.hub_server import hub, read_card
@@ -164,3 +165,19 @@ def test_a_hub_that_cannot_be_reached_is_said_in_one_line(data):
     for repository, message in {"user/heads": "the Hub took nothing", "no/such/name": "is no repository name"}.items():
         with pytest.raises(InputError, match=message):
             push_dataset(data, repository)
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def download(hub_id, *arguments, **options):
+        asked.append(hub_id)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    for expected in (["runs/nothing"], ["runs/nothing"]):  # Before there is a folder `runs`, it can be a user's name.
+        with pytest.raises(InputError, match="no prepared data there"):
+            load_info("runs/nothing")
+        assert asked == expected
+        (tmp_path / "runs").mkdir(exist_ok=True)

@@ -316,6 +316,9 @@ def test_a_used_folder_a_missing_part_and_an_unfinished_run_are_refused(phantom_
     (folder / "model_index.json").unlink()
     with pytest.raises(InputError, match="not a finished pipeline"):
         MedSDPipeline.from_pretrained(folder)
+    (folder / "status.json").write_text(json.dumps({"state": "running", "step": 1, "reason": ""}))
+    with pytest.raises(InputError, match="running at step 1; wait for its end, or go on with .* if it was killed"):
+        MedSDPipeline.from_pretrained(folder)
 
 
 def test_a_failed_run_says_so(phantom_data, tmp_path, monkeypatch):

@@ -354,8 +354,8 @@ def alive(process):
 
 @pytest.mark.slow
 def test_a_killed_sweep_ends_as_one_that_was_not(phantom_data, tmp_path):
-    """Killed in the training of the first cells, and when one of them is scored."""
-    yaml_file = written(tmp_path, finetune_unet={"max_train_steps": 20, "checkpointing_steps": 2})
+    """Killed in the training of the first cells, in the second half, and while nothing may be there yet."""
+    yaml_file = written(tmp_path, finetune_unet={"max_train_steps": 40, "checkpointing_steps": 5})
 
     def begin(folder):
         flags = ["--dataset_name", str(phantom_data), "--output_dir", str(folder), "--features", "unet", "--fractions", "0.3", "1.0"]
@@ -364,7 +364,7 @@ def test_a_killed_sweep_ends_as_one_that_was_not(phantom_data, tmp_path):
 
     assert begin(tmp_path / "whole").wait() == 0
     folder = tmp_path / "killed"
-    for wanted in ("tiny-*/unet/checkpoint-4", "tiny-*/scores/metrics.json"):
+    for wanted in ("config.yaml", "tiny-*/unet/checkpoint-10", "tiny-*/train.json", "tiny-*/scores/metrics.json"):
         process = begin(folder)
         waited(lambda wanted=wanted: list(folder.glob(wanted)), 300)
         process.kill()

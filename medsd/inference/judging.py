@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from medsd.data.dataset import load_dataset, load_info
+from medsd.data.dataset import available_splits, load_dataset, load_info
 from medsd.data.intensity import nominal_ranges
-from medsd.data.matching import labels_in
+from medsd.data.matching import labels_in, match_classes
 from medsd.data.transforms import column, recorded_ranges
 from medsd.errors import InputError
 from medsd.evaluation.diversity import class_pairs, pair_similarity
@@ -60,6 +60,18 @@ class Judged:
             progress(len(batch.indices))
 
 
+def check_comparable(pipe: MedSDPipeline, dataset_name: str, label_map: Sequence[str] = ()) -> None:
+    """Raise InputError where the data's images are not of the pipeline's kind."""
+    info, data = load_info(dataset_name), pipe.data
+    if (info.unit, info.image_channels) != (data.unit, data.image_channels):
+        ours, theirs = (f"{some.image_channels} channels in {some.unit}" for some in (info, data))
+        raise InputError(f"{dataset_name} has {ours}, the pipeline {theirs}: prepare data of the same kind")
+    if info.resolution < data.resolution or info.resolution % data.resolution:
+        raise InputError(f"{dataset_name} has {info.resolution} px: prepare it at the model's --resolution {data.resolution}")
+    if pipe.class_names:
+        match_classes(info.class_names, pipe.class_names, label_map)
+
+
 def judged_rows(pipe: MedSDPipeline, dataset_name: str, split: str, label_map: Sequence[str] = ()) -> tuple[Any, np.ndarray]:
     """Rows of a split that generated images can be compared with, and the pipeline's class of each, `(N,)`; see `match_classes`.
 
@@ -96,6 +108,17 @@ def matching_places(labels: np.ndarray, wanted: np.ndarray, seed: int) -> np.nda
     draws = np.random.default_rng(seed)
     chosen = [draws.permutation(np.flatnonzero(labels == number))[:count] for number, count in enumerate(wanted)]
     return np.sort(np.concatenate(chosen))
+
+
+def floor_rows(
+    pipe: MedSDPipeline, dataset_name: str, split: str, label_map: Sequence[str], judged: Judged, seed: int
+) -> tuple[Any, np.ndarray | None]:
+    """`judged_rows` of a split, as many of each class as were generated, or as there are; two None without such a split or any image."""
+    if split not in available_splits(dataset_name):
+        return None, None
+    rows, labels = judged_rows(pipe, dataset_name, split, label_map)
+    places = matching_places(labels, np.bincount(judged.labels, minlength=len(judged.class_names)), seed)
+    return (rows.select(places), labels[places]) if len(places) else (None, None)
 
 
 def picked(batches: Iterable[torch.Tensor], places: np.ndarray) -> list[torch.Tensor]:
