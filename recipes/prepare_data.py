@@ -79,7 +79,7 @@ def main(config: PrepareDataConfig) -> None:
             raise
     report(summary, output_dir, options.resolution)
     if config.push_to_hub:
-        from medsd.hub import push_dataset
+        from medsd.hub.dataset import push_dataset
 
         print(f"pushed to {push_dataset(output_dir, config.hub_dataset_id, private=config.hub_private_repo)}")
 

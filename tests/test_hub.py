@@ -11,9 +11,11 @@ import pytest
 
 from medsd.data.dataset import load_info
 from medsd.errors import InputError
-from medsd.hub import Secrets, check_privacy, dataset_card, files_to_send, push_dataset
+from medsd.hub.dataset import check_privacy, dataset_card, files_to_send, parcel_of, push_dataset
+from medsd.hub.privacy import Secrets
 from tests.hub_server import hub, read_card
 
+REPO = "user/heads"
 PUSH_AND_LOAD = """
 import json, sys
 from pathlib import Path
@@ -23,7 +25,7 @@ import datasets
 from medsd import load_dataset
 from medsd.data.dataset import available_splits
 from medsd.errors import InputError
-from medsd.hub import push_dataset
+from medsd.hub.dataset import push_dataset
 
 def values(row):
     return row["key"], row["label"], row["prompt"], row["patient_id"], row["image"].tobytes(), str(row["image"].dtype)
@@ -98,7 +100,7 @@ def test_the_card_says_what_it_is(data):
 
 @pytest.mark.parametrize(("column", "kind"), [("patient", "patient's id"), ("sop_uid", "SOP instance UID"), ("file", "file name")])
 def test_a_planted_identity_is_refused(data, column, kind):
-    check_privacy(data, files_to_send(data))
+    check_privacy(data, parcel_of(data, REPO))
     secret = secret_of(data, column)
     spoil(data, "prompt", f"a head CT of {secret}")
     with pytest.raises(InputError, match=f"column prompt in data/.*{kind}") as refused:
@@ -110,21 +112,21 @@ def test_identities_are_found_in_hash_columns_names_metadata_and_texts(data):
     secret = secret_of(data, "patient")
     spoil(data, "series_id", secret)
     with pytest.raises(InputError, match="column series_id"):
-        check_privacy(data, files_to_send(data))
+        check_privacy(data, parcel_of(data, REPO))
     spoil(data, "series_id", "0" * 16)
-    check_privacy(data, files_to_send(data))
+    check_privacy(data, parcel_of(data, REPO))
     shard = sorted((data / "data").iterdir())[0]
     table = pyarrow.parquet.read_table(shard)
     pyarrow.parquet.write_table(table.append_column(f"of {secret}", table["key"]), shard)
     with pytest.raises(InputError, match="a column's name"):
-        check_privacy(data, files_to_send(data))
+        check_privacy(data, parcel_of(data, REPO))
     pyarrow.parquet.write_table(table.replace_schema_metadata({"note": json.dumps({"by": [secret]})}), shard)
     with pytest.raises(InputError, match="the metadata"):
-        check_privacy(data, files_to_send(data))
+        check_privacy(data, parcel_of(data, REPO))
     pyarrow.parquet.write_table(table, shard)
     (data / "quarantine.jsonl").write_text(json.dumps({"key": "0" * 16, "reason": f"cannot read {secret}"}) + "\n")
     with pytest.raises(InputError, match="a text in quarantine.jsonl"):
-        check_privacy(data, files_to_send(data))
+        check_privacy(data, parcel_of(data, REPO))
 
 
 def test_what_counts_as_an_identity(tmp_path):
