@@ -49,7 +49,7 @@ def flagged(pipe: MedSDPipeline, samples: torch.Tensor, training: object, held_o
     """Findings and their summary."""
     extractor, batches = load_extractor("unet", pipe, pipe.device), samples.split(AT_ONCE)
     ours = Seen.of(lambda: iter(batches), extract(extractor, iter(batches)).values)
-    found, rate = audit_rows(extractor, ours, pipe, training, held_out, rate)
+    found, rate = audit_rows(extractor, ours, pipe.data, training, held_out, rate)
     return found, audit_summary(found, rate)
 
 
@@ -75,7 +75,7 @@ def main() -> None:
 
     count = round(PLANTED * len(samples))
     chosen = train.select(np.random.default_rng(0).choice(len(train), count, replace=False))
-    originals = torch.cat(list(unit_images(pipe, chosen)()))
+    originals = torch.cat(list(unit_images(pipe.data, chosen)()))
     changes = [list(CHANGES)[number % len(CHANGES)] for number in range(count)]
     planted = torch.stack([CHANGES[change](image) for change, image in zip(changes, originals, strict=True)])
     found, summary = flagged(pipe, torch.cat([planted, samples[count:]]), train, others, options.rate)

@@ -199,8 +199,8 @@ def distributions(evaluation: Evaluation) -> None:
     rows, labels = floor_rows(pipe, config.dataset_name, floor_split(config), config.label_map, judged, config.seed)
     with looking(len(patients) + len(judged.labels) + len(rows or ())) as bar:
         see = partial(extract, extractor, progress=bar.update)
-        real, generated = see(unit_images(pipe, evaluation.rows)()), see(judged.batches())
-        other = see(unit_images(pipe, rows)()) if rows else None
+        real, generated = see(unit_images(pipe.data, evaluation.rows)()), see(judged.batches())
+        other = see(unit_images(pipe.data, rows)()) if rows else None
     others = column(rows, "patient_id").to_pylist() if rows else None
     evaluation.add(distribution_metrics(generated, real, patients, other, others, seed=config.seed))
     if len(pipe.class_names) > 1:
@@ -236,7 +236,7 @@ def audit(evaluation: Evaluation, generated: "Features") -> None:
     from medsd.report.images import suspects
 
     config, pipe, judged, extractor = evaluation.config, evaluation.pipe, evaluation.generated, evaluation.extractor
-    why = no_audit(pipe, config.dataset_name)
+    why = no_audit(pipe.data, config.dataset_name)
     if why:
         print(f"no audit: {why}")
         evaluation.leave_out(f"{why[0].upper()}{why[1:]}.", "audit")
@@ -245,9 +245,9 @@ def audit(evaluation: Evaluation, generated: "Features") -> None:
     held_out = held_out_rows(config.dataset_name)
     samples = Seen.of(judged.batches, generated.values)
     with looking(2 * len(training) + len(held_out)) as bar:
-        found, rate = audit_rows(extractor, samples, pipe, training, held_out, config.false_positive_rate, bar.update)
-    keys, told = column(training, "key").to_pylist(), judged.told(config.seed)
-    evaluation.audit = audit_record(pipe, Path(config.pipeline), found, rate, generated.extractor, keys, told)
+        found, rate = audit_rows(extractor, samples, pipe.data, training, held_out, config.false_positive_rate, bar.update)
+    keys, told, run_folder = column(training, "key").to_pylist(), judged.told(config.seed), Path(config.pipeline)
+    evaluation.audit = audit_record(run_folder, pipe.fingerprint(), pipe.data, found, rate, generated.extractor, keys, told)
     evaluation.audit |= membership_signal(pipe, training, held_out, config.seed)
     material = evaluation.material
     material.audit, material.audit_scores = evaluation.audit, (found.scores, found.held_out_scores, found.threshold)
@@ -318,6 +318,7 @@ def pictures(evaluation: Evaluation) -> None:
 def complete(evaluation: Evaluation) -> None:
     """What is known of the run, of how images were drawn and of a sweep, beside what was measured."""
     from medsd.data.transforms import column
+    from medsd.hub.contents import weights_sha256
     from medsd.inference.folder import training_patients
     from medsd.report.collect import read_curves, read_environment, read_sweep, run_facts
 
@@ -330,6 +331,7 @@ def complete(evaluation: Evaluation) -> None:
     guidance, scheduler = sampling_of(config).guidance_of(evaluation.generated.class_names[0]), type(pipe.scheduler).__name__
     sampling = {"num_inference_steps": config.num_inference_steps, "guidance_scale": guidance, "scheduler": scheduler, "seed": config.seed}
     evaluation.metrics["sampling"] = sampling
+    evaluation.metrics["weights_sha256"] = weights_sha256(run_folder) if run_folder.is_dir() else None
     drawn = f"{config.num_inference_steps} steps of {scheduler}, guidance {guidance:g}, seed {config.seed}"
     material.metrics = evaluation.metrics
     material.facts = run_facts(pipe, run_folder, config.dataset_name) | {"Generated with": drawn}
@@ -346,6 +348,7 @@ def finish(evaluation: Evaluation) -> None:
     from medsd.inference.auditing import replaces
     from medsd.output import replacing, write_text
     from medsd.report.page import write_report
+    from medsd.training.pushing import write_card
 
     complete(evaluation)
     run_folder, audited = Path(evaluation.config.pipeline), json.dumps(evaluation.audit, indent=2) + "\n"
@@ -359,6 +362,8 @@ def finish(evaluation: Evaluation) -> None:
             write_text(run_folder / "audit.json", audited)
         else:
             print(f"{run_folder / 'audit.json'} stays: it is of more samples, or failed with as many; look again with more --num_samples")
+    if (run_folder / "medsd.json").is_file():
+        write_card(run_folder, evaluation.config.dataset_name, Path(evaluation.config.output_dir))
     shutil.rmtree(evaluation.generated.gallery.work, ignore_errors=True)
     say(evaluation)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from medsd.objectives.discriminative import Contrast
     from medsd.training.guard import Guard
     from medsd.training.latents import LatentSource
+    from medsd.training.loop import Loop
     from medsd.training.preview import HeldOut
     from medsd.training.prompts import PromptTable
     from medsd.training.record import RunRecord
@@ -45,6 +46,7 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     from medsd.data.transforms import training_rows
     from medsd.output import check_output
     from medsd.runtime import quiet_libraries
+    from medsd.training.pushing import Destination, hand_over
     from medsd.training.record import RunRecord
     from medsd.training.setup import build_accelerator, check_launch, choose_checkpoint, eight_bit_adam
 
@@ -65,9 +67,8 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     source = build_source(config, accelerator, pipe, rows)
     record = RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard")
     with record, guard.watching_memory():
-        train(config, accelerator, pipe, rows, source, record, guard, checkpoint)
-    if config.push_to_hub and accelerator.is_main_process:
-        print("pushed to", pipe.push_to_hub(config.hub_model_id, private=config.hub_private_repo))
+        loop = train(config, accelerator, pipe, rows, source, record, guard, checkpoint)
+    hand_over(accelerator, loop, config.dataset_name, Destination(**config.destination()) if config.push_to_hub else None)
     folder, data = shlex.quote(str(output_dir)), shlex.quote(config.dataset_name)
     scores, images = (shlex.quote(str(output_dir.with_name(name))) for name in ("scores", "images"))
     commands = [f"python recipes/generate.py --pipeline {folder} --output_dir {images}"]
@@ -298,7 +299,7 @@ def train(
     record: "RunRecord",
     guard: "Guard",
     checkpoint: Path | None,
-) -> None:
+) -> "Loop":
     """Train `pipe` in place on `rows` of the data set, whose latents `source` gives, and save it to the run's folder."""
     from medsd.data.transforms import TrainingRows, row_classes
     from medsd.models.conditioning import drop_prompts
@@ -360,6 +361,7 @@ def train(
     accelerator.print(
         f"pipeline in {record.folder}" + (f", pictures in {record.folder / 'preview.png'}" if config.validation_steps else "")
     )
+    return loop
 
 
 def look(held_out: "HeldOut", record: "RunRecord", step: int, write: Callable[[str], None]) -> dict[str, float]:

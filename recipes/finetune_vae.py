@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from medsd.objectives.autoencoder import Penalty, WeightedSum
     from medsd.training.adversary import Adversary, NoAdversary
     from medsd.training.guard import Guard
+    from medsd.training.loop import Loop
     from medsd.training.reconstruction import HeldOutImages
     from medsd.training.record import RunRecord
     from medsd.training.stopwatch import Stopwatch
@@ -50,11 +51,12 @@ def fine_tune(config: FinetuneVAEConfig, guard: "Guard") -> None:
     from medsd.data.dataset import load_info
     from medsd.data.prepare import prepare_default
     from medsd.data.transforms import at_resolution
-    from medsd.models.autoencoders import load_vae, recompute_activations, save_memory
+    from medsd.models.autoencoders import recompute_activations, save_memory
     from medsd.models.codec import codec_of
     from medsd.models.unet import enable_xformers
     from medsd.output import check_output
     from medsd.runtime import quiet_libraries
+    from medsd.training.pushing import Destination, hand_over
     from medsd.training.record import RunRecord
     from medsd.training.setup import build_accelerator, check_launch, choose_checkpoint, eight_bit_adam
 
@@ -81,9 +83,8 @@ def fine_tune(config: FinetuneVAEConfig, guard: "Guard") -> None:
     distance = build_distance(config)
     record = RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard")
     with record, guard.watching_memory():
-        train(config, accelerator, codec, info, distance, record, guard, checkpoint)
-    if config.push_to_hub and accelerator.is_main_process:
-        load_vae(str(output_dir)).push_to_hub(config.hub_model_id, private=config.hub_private_repo)
+        loop = train(config, accelerator, codec, info, distance, record, guard, checkpoint)
+    hand_over(accelerator, loop, config.dataset_name, Destination(**config.destination()) if config.push_to_hub else None)
     folder, data, unet = (shlex.quote(str(path)) for path in (output_dir, config.dataset_name, output_dir.with_name("unet")))
     accelerator.print(f"next: accelerate launch recipes/finetune_unet.py --vae {folder} --dataset_name {data} --output_dir {unet}")
 
@@ -170,7 +171,7 @@ def train(
     record: "RunRecord",
     guard: "Guard",
     checkpoint: Path | None,
-) -> None:
+) -> "Loop":
     """Train the codec's autoencoder in place and save it."""
     from medsd.data.dataset import load_dataset
     from medsd.data.intensity import label_channels
@@ -226,6 +227,7 @@ def train(
     loop.finish()
     if accelerator.is_main_process:
         report(config, codec, info, some, record.folder)
+    return loop
 
 
 def prepare_codebook(config: FinetuneVAEConfig, codec: "LearnedCodec", images: "Tensor") -> None:
@@ -243,7 +245,8 @@ def keep(config: FinetuneVAEConfig, codec: "LearnedCodec", adapters: Any, info: 
 
     A decoder alone keeps the statistics of its pretrained latent space. The codec itself is left as it is.
     """
-    from medsd.inference.folder import PipelineInfo, write_info
+    from medsd.inference.folder import write_info
+    from medsd.inference.info import PipelineInfo
     from medsd.models.autoencoders import merge_vae_lora
     from medsd.models.codec import codec_of, latent_statistics, record_statistics
 

@@ -13,9 +13,9 @@ from medsd.data.dataset import load_dataset, load_info
 from medsd.data.transforms import column, row_labels
 from medsd.errors import InputError
 from medsd.evaluation.resampling import mean_with_interval
+from medsd.hub.contents import weights_sha256
 from medsd.inference.auditing import Seen, audit_record, audit_rows, copies_among, membership_signal, own_prompts, replaces, unit_images
 from medsd.inference.extractors import extract, load_extractor
-from medsd.inference.folder import pipeline_sha256
 from medsd.inference.gallery import Gallery
 from medsd.inference.generating import Sampling, describe_scheduler, use_scheduler
 from medsd.inference.judging import APART, Judged, judged_rows, matching_places, plan_samples
@@ -74,29 +74,38 @@ def test_a_stopped_drawing_goes_on_and_comes_out_the_same(pipe, tmp_path):
 def test_planted_training_images_fail_the_audit_of_a_folder(pipe, phantom_data, tmp_path):
     training, held_out = (load_dataset(phantom_data, split) for split in ("train", "test"))
     extractor = load_extractor("unet", pipe, pipe.device)
-    planted, looked_at = next(unit_images(pipe, training)())[:12].flip(-1), []
+    planted, looked_at = next(unit_images(pipe.data, training)())[:12].flip(-1), []
     samples = Seen.of(lambda: iter([planted]), extract(extractor, planted).values)
-    found, rate = audit_rows(extractor, samples, pipe, training, held_out, 0.05, looked_at.append)
+    found, rate = audit_rows(extractor, samples, pipe.data, training, held_out, 0.05, looked_at.append)
     assert rate == 0.05 and sum(looked_at) == 2 * len(training) + len(held_out)
     assert found.copies.all() and found.nearest.tolist() == list(range(12))
     pipe.save_pretrained(tmp_path / "unet")
     keys = column(training, "key").to_pylist()
-    record = audit_record(pipe, tmp_path / "unet", found, 0.05, "unet sha256:0", keys, [{"class": None, "index": i} for i in range(12)])
-    assert record["verdict"] == "failed" and record["weights_sha256"] == pipeline_sha256(tmp_path / "unet")
+    record = audit_record(
+        tmp_path / "unet",
+        pipe.fingerprint(),
+        pipe.data,
+        found,
+        0.05,
+        "unet sha256:0",
+        keys,
+        [{"class": None, "index": i} for i in range(12)],
+    )
+    assert record["verdict"] == "failed" and record["weights_sha256"] == weights_sha256(tmp_path / "unet")
     assert record["flagged_samples"][3]["nearest"] == keys[3] and json.dumps(record)
 
 
 def test_the_audit_is_of_exactly_these_weights(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "unet")
-    before = pipeline_sha256(tmp_path / "unet")
+    before = weights_sha256(tmp_path / "unet")
     with torch.no_grad():
         weight = next(pipe.text_encoder.parameters())
         weight += 1
         pipe.save_pretrained(tmp_path / "other")
         weight -= 1
-    assert pipeline_sha256(tmp_path / "other") != before
+    assert weights_sha256(tmp_path / "other") != before
     with pytest.raises(InputError, match="no safetensors"):
-        pipeline_sha256(tmp_path)
+        weights_sha256(tmp_path)
 
 
 def test_one_held_out_patient_is_no_reference(pipe):

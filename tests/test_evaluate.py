@@ -15,7 +15,7 @@ from medsd.data.dataset import load_dataset, load_info
 from medsd.data.phantom import write_phantom
 from medsd.data.prepare import PrepareOptions, prepare_phantom
 from medsd.errors import InputError
-from medsd.inference.folder import pipeline_sha256
+from medsd.hub.contents import weights_sha256
 from medsd.report.collect import no_scores
 from medsd.training.fitting import adopt
 from recipes import classify, evaluate
@@ -83,7 +83,7 @@ def test_numbers_of_all_parts(report):
 
 def test_the_audit_is_of_these_weights_and_lies_in_the_pipeline_too(report, run):
     audit = json.loads((report / "audit.json").read_text())
-    assert audit["weights_sha256"] == pipeline_sha256(run / "unet") and audit["verdict"] == "passed" and audit["copies"] == 0
+    assert audit["weights_sha256"] == weights_sha256(run / "unet") and audit["verdict"] == "passed" and audit["copies"] == 0
     assert json.loads((run / "unet/audit.json").read_text()) == audit
 
 

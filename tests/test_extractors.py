@@ -96,8 +96,8 @@ def build_extractors(pipe, latent_pipe):
     return {
         "unet": UNetFeatures(pipe),
         "unet of latents": UNetFeatures(latent_pipe),
-        "codec": CodecFeatures(pipe),
-        "codec of latents": CodecFeatures(latent_pipe),
+        "codec": CodecFeatures(pipe.codec),
+        "codec of latents": CodecFeatures(latent_pipe.codec),
         "resnet": ResNetFeatures(randomised(ResNet(1, 3, 32, width=8)), "resnet"),
         "vision": ColourFeatures(VisionModel(vit(), {}), CPU),
     }
@@ -122,15 +122,15 @@ def test_features_are_the_same_in_any_order_and_company(pipe, latent_pipe, name)
 
 def test_progress_counts_images(pipe):
     seen = []
-    extract(CodecFeatures(pipe), draw(5), batch_size=2, progress=seen.append)
+    extract(CodecFeatures(pipe.codec), draw(5), batch_size=2, progress=seen.append)
     assert seen == [2, 2, 1]
 
 
 def test_no_image_and_no_number(pipe):
     with pytest.raises(InputError, match="no image"):
-        extract(CodecFeatures(pipe), [])
+        extract(CodecFeatures(pipe.codec), [])
     with pytest.raises(InputError, match="features of codec are not finite"):
-        extract(CodecFeatures(pipe), draw(2) * torch.nan)
+        extract(CodecFeatures(pipe.codec), draw(2) * torch.nan)
 
 
 def test_different_extractors_refuse_to_be_compared(pipe):
@@ -166,32 +166,32 @@ def test_unet_features_are_its_middle_block_at_a_tenth_of_the_schedule(latent_pi
 def test_codec_features_are_averages(pipe, latent_pipe):
     images = draw(2)
     areas = images.unflatten(3, (8, 4)).unflatten(2, (8, 4)).mean((3, 5))
-    torch.testing.assert_close(CodecFeatures(pipe)(images), areas.flatten(1))
+    torch.testing.assert_close(CodecFeatures(pipe.codec)(images), areas.flatten(1))
     with torch.no_grad():
         latents = latent_pipe.vae.encode(images).latent_dist.mean * latent_pipe.vae.config.scaling_factor
     torch.testing.assert_close(
-        CodecFeatures(latent_pipe)(images), latents.unflatten(3, (4, 4)).unflatten(2, (4, 4)).mean((3, 5)).flatten(1)
+        CodecFeatures(latent_pipe.codec)(images), latents.unflatten(3, (4, 4)).unflatten(2, (4, 4)).mean((3, 5)).flatten(1)
     )
 
 
 def test_the_features_of_a_pipeline_with_several_channels(phantom_data):
     pipe = pipeline(phantom_data, windows=("brain", "bone"))
     assert extract(UNetFeatures(pipe), draw(3, 2)).values.shape == (3, 64)
-    assert extract(CodecFeatures(pipe), draw(3, 2)).values.shape == (3, 128)
+    assert extract(CodecFeatures(pipe.codec), draw(3, 2)).values.shape == (3, 128)
 
 
 def test_a_hash_is_that_of_the_weights(phantom_data, tmp_path):
     pipe = pipeline(phantom_data, small_vae())
-    before = UNetFeatures(pipe).sha256, CodecFeatures(pipe).sha256
+    before = UNetFeatures(pipe).sha256, CodecFeatures(pipe.codec).sha256
     pipe.save_pretrained(tmp_path / "unet")
     again = MedSDPipeline.from_pretrained(tmp_path / "unet")
-    assert (UNetFeatures(again).sha256, CodecFeatures(again).sha256) == before
+    assert (UNetFeatures(again).sha256, CodecFeatures(again.codec).sha256) == before
     with torch.no_grad():
         again.unet.mid_block.resnets[1].conv2.bias[-1] += 1e-3
-    assert UNetFeatures(again).sha256 != before[0] and CodecFeatures(again).sha256 == before[1]
+    assert UNetFeatures(again).sha256 != before[0] and CodecFeatures(again.codec).sha256 == before[1]
     with torch.no_grad():
         pipe.vae.encoder.conv_out.bias[0] += 1e-3
-    assert UNetFeatures(pipe).sha256 != before[0] and CodecFeatures(pipe).sha256 != before[1]
+    assert UNetFeatures(pipe).sha256 != before[0] and CodecFeatures(pipe.codec).sha256 != before[1]
 
 
 def test_a_hash_is_that_of_what_else_determines_the_numbers(phantom_data):

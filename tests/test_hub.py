@@ -94,7 +94,7 @@ def test_push_and_load_back(phantom_data, tmp_path):
 def test_the_card_says_what_it_is(data):
     card = dataset_card(data, "user/heads")
     summary = json.loads((data / "summary.json").read_text())
-    assert "Not for clinical use" in card and "HU (CT)" in card and f"| images | | {summary['images']['train']} |" in card
+    assert "Not for clinical use" in card and "HU (CT)" in card and f"| images |  | {summary['images']['train']} |" in card
     assert "| epidural | a head CT with &lt;epidural> |" in card and "- `patient_id`: salted hash" in card
 
 

@@ -182,11 +182,13 @@ PLACES = {
 
 
 REFUSED = {
-    "a UNet's pickle": (OSError, "no file named diffusion_pytorch_model.safetensors"),
-    "a text encoder's pickle": (OSError, "no file named model.safetensors"),
+    "a UNet's pickle": (InputError, "unet/ holds pickled weights"),
+    "a text encoder's pickle": (InputError, "text_encoder/ holds pickled weights"),
     "an autoencoder's pickle": (InputError, "no safetensors weights"),
-    "a pipeline's code": (ValueError, "custom code in pipeline.py"),
-    "a part's code": (ValueError, "custom code in mine.py"),
+    "a pipeline's code": (InputError, "a pipeline's own code, which is never run"),
+    "a part's code": (InputError, "takes unet from mine"),
+    "a text encoder's code": (InputError, "asks for code of its own"),
+    "a tokenizer's code": (InputError, "asks for code of its own"),
     "a single file": (InputError, "holds Python objects"),
     "a MONAI bundle's weights": (InputError, "holds Python objects"),
     "a MONAI bundle's expressions": (InputError, "holds no weights"),

@@ -25,7 +25,7 @@ from medsd.data.transforms import (
     sample_images,
     sample_rows,
     shift,
-    shrink,
+    shrink_batch,
     to_unit,
     training_loader,
 )
@@ -100,10 +100,10 @@ def test_intensity_is_one_gain_and_offset_per_image_within_the_range():
 def test_training_shrinks_as_the_pipeline_does(dtype):
     image = np.random.default_rng(0).integers(0, 200, (3, 24, 24)).astype(dtype)
     for side in (24, 12, 8, 6):
-        small = shrink(torch.from_numpy(image)[None], side, label_channels=1)[0].numpy()
+        small = shrink_batch(torch.from_numpy(image)[None], side, label_channels=1)[0].numpy()
         np.testing.assert_allclose(small[:2], fit_square(image[:2], side, "pad")[0], atol=1e-4)
         np.testing.assert_array_equal(small[2:], fit_square(image[2:], side, "pad", nearest=True)[0])
-        alone = shrink(torch.from_numpy(image[2:])[None], side, label_channels=1)[0].numpy()
+        alone = shrink_batch(torch.from_numpy(image[2:])[None], side, label_channels=1)[0].numpy()
         np.testing.assert_array_equal(alone, small[2:])
 
 

@@ -7,6 +7,7 @@ other's folders. `commandline` fills the fields.
 from medsd.config.base import PHANTOM, RULES_WAIT, RecipeConfig
 from medsd.config.data import PrepareDataConfig
 from medsd.config.evaluate import EvaluateConfig
+from medsd.config.push import PushConfig
 from medsd.config.sweep import SweepConfig
 from medsd.config.unet import FinetuneUNetConfig
 from medsd.config.use import ClassifyConfig, GenerateConfig
@@ -19,6 +20,7 @@ RECIPES: tuple[type[RecipeConfig], ...] = (
     GenerateConfig,
     ClassifyConfig,
     EvaluateConfig,
+    PushConfig,
     SweepConfig,
 )
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "FinetuneVAEConfig",
     "GenerateConfig",
     "PrepareDataConfig",
+    "PushConfig",
     "RecipeConfig",
     "SweepConfig",
 ]

@@ -31,6 +31,8 @@ WITHOUT_EFFECT = frozenset(
         "push_to_hub",
         "hub_model_id",
         "hub_private_repo",
+        "push_checkpoints",
+        "audit_samples",
     }
 )
 """Fields that may differ when a run is resumed: but for rounding they do not change what is computed, or it is known by another name
@@ -119,16 +121,25 @@ class TrainingConfig(RecipeConfig):
     report_to: Literal["tensorboard", "none"] = "tensorboard"
     """Where curves and previews go, beside metrics.jsonl."""
     push_to_hub: bool = False
-    """Push the finished folder to the Hub."""
+    """Audit the finished folder for copies of training images, and push it to the Hub."""
     hub_model_id: str | None = None
     """Hub repository, user/name."""
     hub_private_repo: bool = True
     """Make the Hub repository private."""
+    push_checkpoints: bool = False
+    """Push the model of each checkpoint that was kept, too, each to a branch; they are not audited, so only to a private repository."""
+    audit_samples: int = 256
+    """Images that the audit before a push generates (of an autoencoder: held-out images that it reconstructs)."""
 
     @property
     def subset(self) -> tuple[float | None, int | None, int]:
         """Which rows are learned from: arguments of `medsd.data.transforms.training_rows`."""
         return self.train_fraction, self.max_train_samples, self.seed
+
+    def destination(self) -> dict[str, object]:
+        """Keyword arguments of `medsd.training.pushing.Destination`."""
+        where = {"hub_model_id": self.hub_model_id, "private": self.hub_private_repo}
+        return where | {"audit_samples": self.audit_samples, "with_checkpoints": self.push_checkpoints, "seed": self.seed}
 
     def augmentation(self) -> dict[str, object]:
         """Keyword arguments of `medsd.data.transforms.Augmentation`."""
@@ -162,6 +173,8 @@ class TrainingConfig(RecipeConfig):
         super().check()
         if self.push_to_hub and self.hub_model_id is None:
             raise InputError("--push_to_hub needs --hub_model_id user/name")
+        if self.push_checkpoints and not (self.push_to_hub and self.hub_private_repo):
+            raise InputError("--push_checkpoints sends models that nobody audited: it belongs to --push_to_hub and a private repository")
         if self.early_stopping is not None and self.validation_steps == 0:
             raise InputError("--early_stopping goes by looks at held-out images, and --validation_steps 0 has none: drop one")
         if self.best_metric != "loss" and self.validation_steps == 0:

@@ -98,7 +98,7 @@ def shift(images: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return images.movedim(1, -1)[index, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
-def shrink(images: torch.Tensor, resolution: int, label_channels: int = 0) -> torch.Tensor:
+def shrink_batch(images: torch.Tensor, resolution: int, label_channels: int = 0) -> torch.Tensor:
     """Images `(B, C, H, H)` in the source's unit -> float32 `(B, C, R, R)`, just as `medsd.data.geometry.fit_square` shrinks them.
 
     H is a multiple of R. Means of blocks, rounded where the source has integers; of the last `label_channels` the middle pixels.
@@ -116,7 +116,7 @@ def to_unit(
     images: torch.Tensor, intensity: IntensityMap, ranges: torch.Tensor | None = None, resolution: int | None = None
 ) -> torch.Tensor:
     """Source integers `(B, C, H, H)` -> float32 `[-1, 1]`, shrunk to `resolution` first; `ranges` `(B, C, 2)` where they are recorded."""
-    small = shrink(images, resolution or images.shape[-1], label_channels(intensity, images.shape[1]))
+    small = shrink_batch(images, resolution or images.shape[-1], label_channels(intensity, images.shape[1]))
     return intensity.to_unit(small, ranges)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from medsd.errors import InputError
+from medsd.hub.markdown import cell, table
 from medsd.hub.privacy import Parcel, Secrets, scan
 from medsd.hub.upload import Target, upload
 
@@ -156,22 +157,14 @@ def _counts(info: dict[str, Any], summary: dict[str, Any]) -> str:
     """A line per class, a column per split."""
     prompts = dict(zip(info["class_names"], info["prompts"], strict=True))
     names = list(next(iter(summary["classes"].values())))
-    lines = [f"| class | prompt | {' | '.join(SPLITS)} |", "| --- | --- |" + " --- |" * len(SPLITS)]
-    for name in names:
-        counts = " | ".join(str(summary["classes"][split][name]) for split in SPLITS)
-        lines.append(f"| {_cell(name)} | {_cell(prompts.get(name, ''))} | {counts} |")
-    lines += [f"| {what} | | {' | '.join(str(summary[what][split]) for split in SPLITS)} |" for what in ("images", "patients")]
+    rows = [[cell(name), cell(prompts.get(name, "")), *(str(summary["classes"][split][name]) for split in SPLITS)] for name in names]
+    rows += [[what, "", *(str(summary[what][split]) for split in SPLITS)] for what in ("images", "patients")]
     several = "\n\nSeveral findings, or none, can hold in one image." if info["multi_label"] else ""
-    return "\n".join(lines) + several
-
-
-def _cell(text: str) -> str:
-    """Text that stays within its cell, with tokens such as `<tumor>` seen rather than taken for HTML."""
-    return text.replace("|", r"\|").replace("<", "&lt;")
+    return table(["class", "prompt", *SPLITS], rows) + several
 
 
 def _how(info: dict[str, Any], summary: dict[str, Any]) -> str:
-    rules = ", ".join(f"{_cell(rule)} ({count} images)" for rule, count in summary["patient_rule"].items())
+    rules = ", ".join(f"{cell(rule)} ({count} images)" for rule, count in summary["patient_rule"].items())
     pairs = sum(summary["duplicates"].values())
     lines = [
         "Prepared by medsd: longer side shrunk by area averaging, never enlarged; no intensity was clipped or rescaled.",

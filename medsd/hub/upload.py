@@ -4,7 +4,6 @@ Large files go first, and are seen by nobody until the commit; those that the Hu
 off leaves what was there before, and the same push goes on where it stopped.
 """
 
-import os
 import re
 import time
 from collections.abc import Callable
@@ -144,12 +143,14 @@ def _one_line(target: Target) -> "Iterator[None]":
 
 
 def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     status = _status(error)
     if status in MEANINGS:
         return MEANINGS[status]
     if status in PASSING:
         return f"it answered {status} {len(WAITS) + 1} times; {AGAIN}"
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
+    if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE forbids it; unset that"
     said = redacted((str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0])
     return said if status is not None or isinstance(error, ValueError) else f"{said}; {AGAIN}"

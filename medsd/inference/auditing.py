@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 import medsd
-from medsd.data.dataset import available_splits, load_dataset, load_info
+from medsd.data.dataset import DataInfo, available_splits, load_dataset, load_info
 from medsd.data.transforms import column, recorded_ranges, row_labels, stratified, unit_batches
 from medsd.errors import InputError
 from medsd.evaluation.memorization import (
@@ -23,8 +23,8 @@ from medsd.evaluation.memorization import (
     membership,
     pixel_neighbours,
 )
+from medsd.hub.contents import weights_sha256
 from medsd.inference.extractors import Extractor, Progress, extract
-from medsd.inference.folder import pipeline_sha256
 from medsd.inference.pipeline import MedSDPipeline
 from medsd.inference.plan import make_plan
 
@@ -55,7 +55,7 @@ class Seen:
 def audit_rows(
     extractor: Extractor,
     samples: Seen,
-    pipe: MedSDPipeline,
+    data: DataInfo,
     training: Any,
     held_out: Any,
     wanted: float,
@@ -65,7 +65,7 @@ def audit_rows(
 
     `progress` is called with the number of images of each batch, of which there are twice `training`, and `held_out`.
     """
-    (images, known), (others, unseen) = ((unit_images(pipe, rows), column(rows, "patient_id").to_pylist()) for rows in (training, held_out))
+    (images, known), (others, unseen) = ((unit_images(data, rows), column(rows, "patient_id").to_pylist()) for rows in (training, held_out))
     first, turned, second = (extract(extractor, some(), progress=progress).values for some in (images, mirrored(images), others))
     rate = possible_rate(wanted, len(second))
     return copies_among(samples, Seen.of(images, first, known), turned, Seen.of(others, second, unseen), rate), rate
@@ -90,9 +90,16 @@ def mirrored(batches: Batches) -> Batches:
 
 
 def audit_record(
-    pipe: MedSDPipeline, folder: Path, found: Findings, rate: float, extractor: str, keys: Sequence[str], samples: Sequence[dict[str, Any]]
+    folder: Path,
+    model: str,
+    data: DataInfo,
+    found: Findings,
+    rate: float,
+    extractor: str,
+    keys: Sequence[str],
+    samples: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """`audit.json`: for exactly these weights, how many samples copy, and which.
+    """`audit.json`: for exactly the weights in `folder` (those of `model`, a fingerprint), how many samples copy, and which.
 
     `keys` are those of the training images, `samples` say of each sample what may be told of it (class, seed).
     """
@@ -102,8 +109,8 @@ def audit_record(
         | {"nearest": keys[found.nearest[place]], "space": found.space[place]}
         for place in np.flatnonzero(found.flagged)
     ]
-    made = {"medsd": medsd.__version__, "weights_sha256": pipeline_sha256(folder) if folder.is_dir() else None, "model": pipe.fingerprint()}
-    made |= {"data": pipe.data.fingerprint, "training_images": len(keys), "extractor": extractor}
+    made = {"medsd": medsd.__version__, "weights_sha256": weights_sha256(folder) if folder.is_dir() else None, "model": model}
+    made |= {"data": data.fingerprint, "training_images": len(keys), "extractor": extractor}
     quantity = "distance to training images beside others, in deviations"
     return made | audit_summary(found, rate) | {"quantity": quantity, "flagged_samples": flagged}
 
@@ -127,9 +134,9 @@ def held_out_rows(dataset_name: str) -> Any:
     return concatenate_datasets([load_dataset(dataset_name, split) for split in available_splits(dataset_name) if split != "train"])
 
 
-def no_audit(pipe: MedSDPipeline, dataset_name: str) -> str:
+def no_audit(data: DataInfo, dataset_name: str) -> str:
     """Why nothing can be audited on a data set; empty where it can."""
-    if load_info(dataset_name).fingerprint != pipe.data.fingerprint:
+    if load_info(dataset_name).fingerprint != data.fingerprint:
         return "this is not the data that the pipeline was trained on"
     if "train" not in available_splits(dataset_name):
         return "the data has no train split, whose images may be copied"
@@ -165,6 +172,6 @@ def own_prompts(pipe: MedSDPipeline, labels: np.ndarray) -> list[str]:
     return [prompts[number] if number >= 0 else "" for number in numbers]
 
 
-def unit_images(pipe: MedSDPipeline, rows: Any) -> Batches:
-    """Images of prepared rows as the pipeline sees them."""
-    return lambda: unit_batches(rows, pipe.data.intensity_map, pipe.data.resolution)
+def unit_images(data: DataInfo, rows: Any) -> Batches:
+    """Images of prepared rows as a model of `data` sees them."""
+    return lambda: unit_batches(rows, data.intensity_map, data.resolution)

@@ -22,7 +22,7 @@ from medsd.evaluation.features import Features
 from medsd.inference.folder import INDEX_FILE
 from medsd.inference.pipeline import MedSDPipeline
 from medsd.inference.plan import pair_noise
-from medsd.models.codec import PixelCodec
+from medsd.models.codec import Codec
 from medsd.models.resnet import ResNet
 from medsd.models.vision import SUFFIXES, load_network, load_vision_model
 
@@ -63,7 +63,7 @@ class UNetFeatures:
         settings = {"timestep": self.timestep, "signal": signal, "seed": seed, "adapters": _adapters(pipe.unet)}
         empty = {"empty": pipe.tokenizer("", padding="max_length", truncation=True).input_ids}
         parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
-        self.sha256 = fingerprint(settings | empty | _codec_settings(pipe) | {"unet": _public(pipe.unet.config)}, parts)
+        self.sha256 = fingerprint(settings | empty | _codec_settings(pipe.codec) | {"unet": _public(pipe.unet.config)}, parts)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -86,25 +86,20 @@ class UNetFeatures:
 
 
 class CodecFeatures:
-    """Latents of the pipeline's own autoencoder, averaged to 4 x 4 places; where the codec is pixels, 8 x 8 thumbnails of the images."""
+    """Latents of an autoencoder, averaged to 4 x 4 places; where the codec is pixels, 8 x 8 thumbnails of the images."""
 
     name = "codec"
 
-    def __init__(self, pipe: MedSDPipeline) -> None:
-        self.pipe = pipe
-        settings = _codec_settings(pipe) | {"places": THUMBNAIL if self._pixels else PLACES}
-        self.sha256 = fingerprint(settings, {"vae": pipe.vae})
-
-    @property
-    def _pixels(self) -> bool:
-        return isinstance(self.pipe.codec, PixelCodec)
+    def __init__(self, codec: Codec) -> None:
+        self.codec, self.vae = codec, getattr(codec, "vae", None)
+        settings = _codec_settings(codec) | {"places": PLACES if self.vae else THUMBNAIL}
+        self.sha256 = fingerprint(settings, {"vae": self.vae})
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """`(B, 16 c)`, c channels of a latent, or `(B, 64 C)`."""
-        images = images.to(self.pipe._execution_device)
-        maps = images if self._pixels else self.pipe.codec.encode(images)
-        return adaptive_avg_pool2d(maps.float(), THUMBNAIL if self._pixels else PLACES).flatten(1)
+        maps = self.codec.encode(images.to(self.vae.device)) if self.vae else images
+        return adaptive_avg_pool2d(maps.float(), PLACES if self.vae else THUMBNAIL).flatten(1)
 
 
 class ResNetFeatures:
@@ -150,7 +145,7 @@ def load_extractor(wanted: str, pipe: MedSDPipeline, device: torch.device) -> Ex
     Raises InputError where there is no such network, or its file could run code.
     """
     if wanted in {"unet", "codec"}:
-        return UNetFeatures(pipe) if wanted == "unet" else CodecFeatures(pipe)
+        return UNetFeatures(pipe) if wanted == "unet" else CodecFeatures(pipe.codec)
     path = Path(wanted)
     if (path / INDEX_FILE).is_file():
         raise InputError(f"--features {wanted} is a pipeline folder: `unet` and `codec` are features of --pipeline itself")
@@ -222,8 +217,9 @@ def fingerprint(settings: Mapping[str, Any], parts: Mapping[str, nn.Module | Non
     return digest.hexdigest()[:16]
 
 
-def _codec_settings(pipe: MedSDPipeline) -> dict[str, Any]:
-    return {"codec": pipe.codec.to_dict(), "vae": None if pipe.vae is None else _public(pipe.vae.config)}
+def _codec_settings(codec: Codec) -> dict[str, Any]:
+    vae = getattr(codec, "vae", None)
+    return {"codec": codec.to_dict(), "vae": None if vae is None else _public(vae.config)}
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,61 +4,26 @@ A diffusers folder plus `medsd.json`. SD-shaped models carry `_class_name: Stabl
 diffusers. A LoRA run holds its adapters, its class tokens' embeddings and the name of its base instead of the weights.
 """
 
-import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from medsd.data.dataset import INFO_FILE, DataInfo, load_dataset
-from medsd.data.hypotheses import Hypotheses
+from medsd.data.dataset import INFO_FILE, load_dataset, looks_like_hub_id
 from medsd.data.transforms import column, training_rows
 from medsd.errors import InputError
-from medsd.inference.calibration import Calibration
+from medsd.hub.contents import files_sha256, run_config
+from medsd.inference.info import Base, PipelineInfo
 from medsd.output import write_text
 
 INDEX_FILE = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDS_DIR = "learned_embeds"
-
-
-@dataclass(frozen=True)
-class Base:
-    """The model that LoRA adapters belong to."""
-
-    name: str
-    """Hub id, or path: in `medsd.json` relative to the run, in memory absolute."""
-    revision: str | None
-    sha256: str | None
-    """Of a local base's UNet weights, or of the whole single file."""
-
-
-@dataclass(frozen=True)
-class PipelineInfo:
-    """`medsd.json` of a pipeline folder."""
-
-    data: DataInfo | None = None
-    """None for a foreign folder, which knows no classes."""
-    codec: dict[str, Any] | None = None
-    hypotheses: Hypotheses | None = None
-    """What it chooses between, and how often each was seen in training."""
-    calibration: Calibration | None = None
-    base: Base | None = None
-    own_vae: bool = False
-    """Whether the autoencoder is not the base's."""
-    reads_prompts: bool = True
-    """Whether its text encoder was trained on prompts; where it was not, it has to be trained in full."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
 
 
 def read_info(folder: Path) -> PipelineInfo:
@@ -72,15 +37,7 @@ def read_info(folder: Path) -> PipelineInfo:
         raise InputError(f"{path} is damaged: copy the folder again") from error
     if "codec" not in record:
         raise InputError(f"{folder} is a data folder, not a pipeline folder: name the folder that finetune_unet.py wrote")
-    return PipelineInfo(
-        data=DataInfo(**record["data"]) if record["data"] else None,
-        codec=record["codec"],
-        hypotheses=Hypotheses.from_dict(record["hypotheses"]) if record.get("hypotheses") else None,
-        calibration=Calibration.from_dict(record["calibration"]) if record["calibration"] else None,
-        base=Base(**record["base"]) if record["base"] else None,
-        own_vae=record["own_vae"],
-        reads_prompts=record.get("reads_prompts", True),
-    )
+    return PipelineInfo.from_dict(record)
 
 
 def check_folder(folder: Path) -> None:
@@ -157,18 +114,6 @@ def download_record(hub_id: str, revision: str | None) -> Path:
     return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
 
 
-def push(save: Callable[[str], None], repo_id: str, private: bool, revision: str | None, **options: Any) -> str:
-    """Call `save(folder)` on a temporary folder and upload that; returns the repository's address."""
-    from huggingface_hub import create_repo, upload_folder
-
-    with tempfile.TemporaryDirectory() as parent:
-        made = Path(parent) / repo_id.split("/")[-1]
-        save(str(made))
-        repository = create_repo(repo_id, private=private, exist_ok=True).repo_id
-        upload_folder(repo_id=repository, folder_path=made, revision=revision, **options)
-    return f"https://huggingface.co/{repository}"
-
-
 def publish(made: Path, folder: Path) -> None:
     """Move everything in `made` to `folder` and remove `made`.
 
@@ -186,37 +131,18 @@ def publish(made: Path, folder: Path) -> None:
     made.rmdir()
 
 
-def weights_sha256(base: Path) -> str:
+def base_sha256(base: Path) -> str:
     """sha256 over the UNet's weight files of a local pipeline folder, or over a single file."""
     files = [base] if base.is_file() else sorted((base / "unet").glob("*.safetensors"))
     if not files:
         raise InputError(f"{base}/unet holds no safetensors weights: convert them with diffusers' save_pretrained first")
-    return _sha256(files)
-
-
-def pipeline_sha256(folder: Path) -> str:
-    """sha256 over all weight files of a local pipeline folder (UNet, autoencoder, text encoder; of a LoRA run its adapters and words)."""
-    parts = [folder / name for name in ("unet", "vae", "text_encoder", EMBEDS_DIR)]
-    files = [file for part in parts for file in sorted(part.glob("*.safetensors"))]
-    files += [folder / LORA_FILE] if (folder / LORA_FILE).is_file() else []
-    if not files:
-        raise InputError(f"{folder} holds no safetensors weights: name a pipeline folder")
-    return _sha256(files)
-
-
-def _sha256(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+    return files_sha256(files)
 
 
 def describe_base(base: str, revision: str | None) -> Base:
     """Record of the model that LoRA adapters start from."""
     if Path(base).exists():
-        return Base(str(Path(base).resolve()), None, weights_sha256(Path(base)))
+        return Base(str(Path(base).resolve()), None, base_sha256(Path(base)))
     return Base(base, revision, None)
 
 
@@ -232,7 +158,7 @@ def locate_base(base: Base, run: Path) -> Base:
     place = (run.resolve() / base.name).resolve()
     if not place.exists():
         raise InputError(f"{run} holds LoRA adapters of {place}, which is not there: bring it back to that place")
-    if weights_sha256(place) != base.sha256:
+    if base_sha256(place) != base.sha256:
         raise InputError(f"{run} holds LoRA adapters of {place}, whose weights have changed since: restore them or train again")
     return replace(base, name=str(place))
 
@@ -245,10 +171,32 @@ def trained_on(folder: Path) -> tuple[float | None, int | None, int]:
 
 def training_config(folder: Path) -> dict[str, Any]:
     """The flags that a local pipeline was trained with, or the run whose `best` it is; empty where there is no record of them."""
-    import yaml
-
     recorded = (folder.parent if folder.name == "best" else folder) / "config.yaml"
-    return (yaml.safe_load(recorded.read_text()) or {}).get("finetune_unet") or {} if recorded.is_file() else {}
+    return run_config(recorded)
+
+
+def data_of(folder: Path, info: PipelineInfo, dataset_name: str | Path | None = None) -> Path | str | None:
+    """What a model was trained on: the prepared folder or Hub id that is named, else what its run recorded; None for a foreign model.
+
+    Raises InputError where that is not known, or not there.
+    """
+    named = dataset_name or training_config(folder).get("dataset_name")
+    if named is None and info.data is None:
+        return None
+    if named is None:
+        raise InputError(f"{folder} has no config.yaml that says what it was trained on: name it with --dataset_name")
+    if Path(named).is_dir():
+        return Path(named)
+    if looks_like_hub_id(str(named)):
+        return str(named)
+    raise InputError(f"{named}: the data that {folder} was trained on is not there; name it with --dataset_name")
+
+
+def copy_records(folder: Path, made: Path) -> None:
+    """What a run says of itself, beside the same model saved elsewhere."""
+    for name in ("config.yaml", "environment.json", "audit.json"):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, made / name)
 
 
 def training_patients(folder: Path) -> set[str] | None:

@@ -139,7 +139,7 @@ def compare_pixels(
     classes on both sides: those with two real images, of two patients, and two generated ones.
     """
     data, patients, names = pipe.data, column(rows, "patient_id").to_pylist(), [name or "images" for name in judged.class_names]
-    sides = {"generated": (judged.batches, judged.labels, None), "real": (unit_images(pipe, rows), labels, patients)}
+    sides = {"generated": (judged.batches, judged.labels, None), "real": (unit_images(pipe.data, rows), labels, patients)}
     extent = nominal_ranges(data.intensity_map, data.image_channels)[0]
     found, histograms = {"reasons": {}}, {}
     pairs = {kind: class_pairs(classes, len(names), seed, who) for kind, (_, classes, who) in sides.items()}
@@ -166,7 +166,7 @@ def codec_metrics(pipe: MedSDPipeline, rows: Any) -> dict[str, Any]:
     """
     patients = np.array(column(rows, "patient_id").to_pylist())
     values: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": [], "ms_ssim": []}
-    for batch in unit_images(pipe, rows)():
+    for batch in unit_images(pipe.data, rows)():
         again = reconstruct(pipe.codec, batch, pipe.device)
         for name, measure in (("psnr", psnr), ("ssim", ssim), ("ms_ssim", ms_ssim)):
             values[name].append(measure(again, batch))

@@ -29,7 +29,7 @@ Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Any]
 ROWS = 64
 """Rows of a call of the denoiser on a CPU."""
 NOT_FINITE = "the model's error is not finite for an image: its weights or the image are damaged, or its precision too low"
-UNKNOWN = 1e12
+UNKNOWN_VARIANCE = 1e12
 """Variance, nats squared, of what one slot tells nothing of."""
 DRAWS = 256
 """Of what pairs that were not computed might have said."""
@@ -173,7 +173,7 @@ def posterior(scores: Scores, calibration: Calibration | None = None, prior: np.
     """
     belief = Belief(calibration or Calibration.none(scores.losses.shape[1]), prior)
     leader, means, differences = differences_to_leader(belief.nats(scores.losses, scores.places))
-    variance = np.minimum(variance_of_mean(differences, scores.places, belief.calibration.spread)[0], UNKNOWN)
+    variance = np.minimum(variance_of_mean(differences, scores.places, belief.calibration.spread)[0], UNKNOWN_VARIANCE)
     correlation = error_correlation(differences, scores.places)
     unseen = len(scores.places) - scores.pairs
     rest = np.where(unseen > 0, variance, 0.0) * unseen / len(scores.places)

@@ -19,7 +19,7 @@ from medsd.data.intensity import label_channels
 from medsd.data.transforms import to_unit
 from medsd.errors import InputError
 from medsd.inference.calibration import Belief, Calibration
-from medsd.inference.folder import PipelineInfo
+from medsd.inference.info import PipelineInfo
 from medsd.inference.likelihood import ROWS, Posterior, Scores, posterior, score_classes
 from medsd.inference.plan import Plan, make_plan
 from medsd.inference.race import Full, Rule, Settle, promised_rule

@@ -15,6 +15,7 @@ from medsd.errors import InputError
 from medsd.models.codec import KLCodec, LearnedCodec, VQCodec
 from medsd.models.convert import is_monai_bundle, is_single_file, load_monai_bundle, load_single_file
 from medsd.models.presets import SAMPLE_SIZE, Preset
+from medsd.models.trust import check_trust
 
 KINDS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 FOLDERS = ("vae", "vqvae", None)
@@ -120,6 +121,7 @@ def load_vae(name: str, revision: str | None = None) -> AutoencoderKL | VQModel:
 
 
 def _load_local(folder: Path) -> AutoencoderKL | VQModel:
+    check_trust(folder)
     for subfolder in FOLDERS:
         config = folder / (subfolder or "") / "config.json"
         kind = _kind(config) if config.is_file() else None

@@ -30,7 +30,7 @@ def class_grids(pipe: MedSDPipeline, rows: Any, labels: np.ndarray, judged: Judg
     """
     kinds = range(len(judged.class_names))
     real, generated = ([np.flatnonzero(some == number)[:SHOWN] for number in kinds] for some in (labels, judged.labels))
-    images = {"real": picked(unit_images(pipe, rows)(), np.concatenate(real))}
+    images = {"real": picked(unit_images(pipe.data, rows)(), np.concatenate(real))}
     if not isinstance(pipe.codec, PixelCodec):
         images["reconstructed"] = list(reconstruct(pipe.codec, torch.stack(images["real"]), pipe.device))
     images["generated"] = picked(judged.batches(), np.concatenate(generated))

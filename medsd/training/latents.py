@@ -20,7 +20,7 @@ from torch.nn.functional import adaptive_max_pool2d
 from tqdm import tqdm
 
 from medsd.data.dataset import DataInfo
-from medsd.data.transforms import Augmentation, TrainingRows, column, shrink, to_unit
+from medsd.data.transforms import Augmentation, TrainingRows, column, shrink_batch, to_unit
 from medsd.errors import InputError
 from medsd.models.channels import BACKGROUND
 from medsd.models.codec import SCALES, Codec, encoder_weights
@@ -50,7 +50,7 @@ class Images:
         if "masks" not in batch:
             images = self.augment(images, draws)
             return images, images[:, -1:] > BACKGROUND if self.augment.label_channels else None
-        masks = shrink(batch["masks"], self.data.resolution, 1)
+        masks = shrink_batch(batch["masks"], self.data.resolution, 1)
         moved = replace(self.augment, label_channels=self.augment.label_channels + 1)(torch.cat([images, masks], 1), draws)
         return moved[:, :-1], moved[:, -1:]
 

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from medsd.errors import InputError
 from medsd.models.unet import attention_kernel
 from medsd.output import replacing
 from medsd.training.best import Best
-from medsd.training.checkpoint import clear_rests, later, save_checkpoint
+from medsd.training.checkpoint import clear_rests, later, read_tensors, save_checkpoint
 from medsd.training.guard import ASKED, Guard, Preempted
 from medsd.training.record import AGAIN, RunRecord
 from medsd.training.state import MOST_SKIPPED, TrainState, process_states
@@ -177,6 +178,15 @@ class Loop:
             deque(files, maxlen=0)
         self.accelerator.wait_for_everyone()
         self.saved, self.guard.saved, self.abandoned = step, True, []
+
+    def rebuild(self, checkpoint: Path, folder: Path) -> None:
+        """Write the model as it was at a checkpoint to an empty folder; every process has to call it, the main one writes.
+
+        The network is that of the checkpoint afterwards.
+        """
+        self.state.recall(partial(read_tensors, checkpoint))
+        if self.accelerator.is_main_process:
+            self.keep(folder)
 
     @property
     def idle(self) -> bool:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from medsd.data.dataset import DataInfo, available_splits, load_dataset
 from medsd.data.intensity import label_channels
-from medsd.data.transforms import TrainingRows, column, shrink
+from medsd.data.transforms import TrainingRows, column, shrink_batch
 from medsd.evaluation.reconstruction import (
     Lesion,
     lesions,
@@ -57,7 +57,7 @@ class HeldOutImages:
         rows = rows.select(range(0, len(rows), max(1, len(rows) // limit)))
         batch = TrainingRows(rows, with_masks=True)[list(range(len(rows)))]
         labels = label_channels(data.intensity_map, data.image_channels)
-        source = shrink(batch["images"], data.resolution, labels)
+        source = shrink_batch(batch["images"], data.resolution, labels)
         unit = data.intensity_map.to_unit(source, batch.get("ranges")).float()
         masks = source[:, -1] != 0 if labels else _small_masks(batch.get("masks"), data.resolution)
         areas = _pixel_areas(rows, batch["images"].shape[-1] / data.resolution)
@@ -174,7 +174,7 @@ def _small_masks(masks: torch.Tensor | None, resolution: int) -> torch.Tensor | 
     """`(N, 1, H, H)` -> `(N, R, R)` bool; None where no image has a lesion."""
     if masks is None or not masks.any():
         return None
-    return shrink(masks, resolution, 1)[:, 0] != 0
+    return shrink_batch(masks, resolution, 1)[:, 0] != 0
 
 
 def _pixel_areas(rows: Any, zoom: float) -> np.ndarray:

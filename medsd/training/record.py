@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from medsd.data.dataset import looks_like_hub_id
 from medsd.errors import InputError
 from medsd.output import clear_folder, recover_folder, write_text, writing
 
@@ -54,7 +55,7 @@ class RunRecord:
             self._status("running")
             write_text(self.folder / "config.yaml", _yaml({self.config.section: asdict(self.config)}))
             _drop_later(self.folder / "metrics.jsonl", step, step - owes_look)
-            self.environment(**facts)
+            self.environment(base_model=_on_hub(self.config.pretrained_model_name_or_path), **facts)
             if self.tensorboard:
                 self.board = _summary_writer(self.folder / "tensorboard", step + 1)
 
@@ -117,6 +118,11 @@ class RunRecord:
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "status.json", json.dumps({"state": state, "step": self.step, "reason": reason}) + "\n")
+
+
+def _on_hub(name: str | None) -> str | None:
+    """A Hub id, which may be told; None for a place on this machine."""
+    return name if name is not None and not Path(name).exists() and looks_like_hub_id(name) else None
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -190,10 +190,20 @@ class TrainState:
             group["lr"] = base * factor(self.schedule.last_epoch)
         self.schedule._last_lr = [group["lr"] for group in groups]
         if self.ema is not None:
-            averages = read("ema")
-            shards = {name: shard(alike(averages[name], parameter)) for name, parameter in self.parameters.items()}
-            self._put(dict(zip(self.parameters, self.ema.shadow_params, strict=True)), shards, "another model")
+            self._put_average(read("ema"))
             self.ema.optimization_step = record["ema_step"]
+
+    def recall(self, read: Callable[[str], Tensors]) -> None:
+        """For good: the plain modules' weights become those of a checkpoint, averaged ones where there are any."""
+        if self.ema is not None:
+            self._put_average(read("ema"))
+        else:
+            self._put(self.parameters, read("weights"), "another model")
+        self.adopt_average()
+
+    def _put_average(self, averages: Tensors) -> None:
+        shards = {name: shard(alike(averages[name], parameter)) for name, parameter in self.parameters.items()}
+        self._put(dict(zip(self.parameters, self.ema.shadow_params, strict=True)), shards, "another model")
 
     @staticmethod
     @torch.no_grad()

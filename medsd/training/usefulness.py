@@ -66,6 +66,6 @@ def _segmentation(
     rows = {split: load_dataset(dataset_name, split) for split in NEEDED}
     training, shown = judged_rows(pipe, dataset_name, "train")
     rows["train"] = training.select(matching_places(shown, wanted, seed))
-    real = {split: Pairs.of(torch.cat(list(unit_images(pipe, some)())), labels) for split, some in rows.items()}
+    real = {split: Pairs.of(torch.cat(list(unit_images(pipe.data, some)())), labels) for split, some in rows.items()}
     patients = column(rows["test"], "patient_id").to_pylist()
     return segmentation_utility(Pairs.of(images, labels), *(real[split] for split in NEEDED), patients, labels, seed, progress=progress)

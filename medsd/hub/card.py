@@ -1,0 +1,340 @@
+"""The model card: what a pushed model is, what it was trained on and measured by, and how it is loaded.
+
+Every number is taken from a record: `metrics.json` and `audit.json` of its evaluation, `summary.json` of its data, `config.yaml` of its
+training. A record that is not there leaves its section out.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from medsd.hub.contents import EMBEDS, Kind
+from medsd.hub.markdown import cell, table
+
+CLASSIFIER = {
+    "auroc": "AUROC",
+    "balanced_accuracy": "balanced accuracy",
+    "accuracy": "accuracy",
+    "average_precision": "average precision",
+    "nll": "negative log-likelihood, nats",
+    "brier": "Brier score",
+    "aurc": "risk-coverage area",
+    "patient_auroc": "AUROC by patient",
+    "patient_accuracy": "accuracy by patient",
+}
+CALIBRATION = {"ece": "expected calibration error, 15 bins", "ece_floor": "the same of a perfectly calibrated model, as many images"}
+DISTRIBUTION = {
+    "fid": "FID",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+}
+CODEC = {"psnr": "PSNR, decibels", "ssim": "SSIM", "ms_ssim": "MS-SSIM"}
+HUB_METRICS = {"auroc": "roc_auc", "nll": "nll", "accuracy": "accuracy"}
+"""A number's name on the Hub, where that is another or known one."""
+INDEXED = {"image-classification": ("auroc", "balanced_accuracy", "ece", "nll"), "text-to-image": ("fid", "kid")}
+SUBGROUP = ("auroc", "balanced_accuracy", "ece", "nll")
+SPLITS = ("train", "validation", "test")
+UNAUDITED = "**Not audited for copies of training images.** It may reproduce images of patients: do not make it public."
+HOLDS = {
+    "pipeline": "a diffusion model that generates medical images by class and scores how likely each class is for an image",
+    "lora": "LoRA adapters and class tokens for a diffusion model, which generates medical images by class and scores their likelihoods",
+    "autoencoder": "an autoencoder of medical images, for diffusion models in its latents",
+}
+
+LOADING = {
+    "StableDiffusionPipeline": """from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("{name}")
+""",
+    "MedSDPipeline": """from diffusers import DiffusionPipeline  # runs pipeline.py of this repository: read it first
+
+pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
+""",
+    "lora": """from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe.load_lora_weights("{name}", weight_name="pytorch_lora_weights.safetensors")
+""",
+    "autoencoder": """from diffusers import {class_name}
+
+vae = {class_name}.from_pretrained("{name}")
+""",
+}
+"""In plain diffusers, by what `Facts.class_name` says."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model that is to be pushed."""
+
+    name: str
+    """`user/name`, or a folder's."""
+    kind: Kind
+    class_name: str
+    """Of diffusers or medsd, that loads it."""
+    info: Mapping[str, Any]
+    """Its `medsd.json`."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Flags of its training."""
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    """Of its data."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    audit: Mapping[str, Any] | None = None
+    """None where it was skipped."""
+    base: str | None = None
+    """Hub id of the model that training started from."""
+    licence: str | None = None
+    data: str | None = None
+    """Hub id of its data."""
+    figures: tuple[str, ...] = ()
+    """Paths in the repository."""
+    checkpoint: int | None = None
+    """Updates of a model that had not finished its training."""
+
+    @property
+    def of_data(self) -> Mapping[str, Any]:
+        """What `medsd.json` says of the data; empty for a foreign model."""
+        return self.info.get("data") or {}
+
+
+def model_card(facts: Facts) -> str:
+    """`README.md` of the repository."""
+    title = facts.name.split("/")[-1]
+    sections = {
+        "": _what(facts),
+        "Intended use": _use(),
+        "Data": _data(facts),
+        "Training": _training(facts),
+        "Samples": _pictures(facts, ("generated", "denoising")),
+        "Classification": _classification(facts),
+        "Calibration": _calibration(facts),
+        "Generated against real images": _distribution(facts),
+        "Reconstruction": _numbers(facts.metrics, CODEC),
+        "By class": _classes(facts),
+        "By subgroup": _subgroups(facts.metrics),
+        "Copies of training images": _audit(facts),
+        "Loading": _loading(facts),
+        "Citation": _citation(),
+    }
+    body = "\n\n".join((f"## {heading}\n\n" if heading else f"# {title}\n\n") + text for heading, text in sections.items() if text)
+    return f"---\n{_front_matter(facts)}---\n\n{body}\n"
+
+
+def _front_matter(facts: Facts) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=facts.data or "medsd",
+            dataset_name=facts.data or "prepared by medsd",
+            dataset_split="test",
+            metric_type=HUB_METRICS.get(name, name),
+            metric_name=name,
+            metric_value=facts.metrics[name],
+        )
+        for task, names in INDEXED.items()
+        for name in names
+        if facts.metrics.get(name) is not None
+    ]
+    licence = {"license": facts.licence} if facts.licence else {"license": "other", "license_name": "not-stated"}
+    tags = ["medical", "medsd", "diffusers", *(["lora"] if facts.kind == "lora" else [])]
+    tags += ["diffusion-classifier"] if len(facts.of_data.get("class_names", ())) > 1 and facts.kind != "autoencoder" else []
+    content = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=None if facts.kind == "autoencoder" else "text-to-image",
+        tags=tags,
+        base_model=facts.base,
+        datasets=[facts.data] if facts.data else None,
+        **({"model_name": facts.name.split("/")[-1], "eval_results": results} if results else {}),
+        **licence,
+    )
+    return content.to_yaml() + "\n"
+
+
+def _what(facts: Facts) -> str:
+    data = facts.of_data
+    lines = [f"This is {HOLDS[facts.kind]}, made with medsd."]
+    if data:
+        classes = ", ".join(cell(name) for name in data["class_names"])
+        lines.append(
+            f"Images: {data['resolution']} x {data['resolution']} px, {data['image_channels']} channel(s), {cell(data['unit'])}."
+            + (f" Classes: {classes}." if classes and facts.kind != "autoencoder" else "")
+        )
+    start = f"It started from [{facts.base}](https://huggingface.co/{facts.base})." if facts.base else ""
+    licence = (
+        f"Licence: {facts.licence}." if facts.licence else "No licence was stated: ask the owner; the data and the base have terms, too."
+    )
+    lines += [part for part in (start, licence) if part]
+    if facts.checkpoint is not None:
+        lines.append(f"**An intermediate checkpoint after {facts.checkpoint} updates.** {UNAUDITED}")
+    return "\n\n".join(lines)
+
+
+def _use() -> str:
+    return (
+        "Research on generative models and classifiers of medical images: augmentation, data size and shift, teaching.\n\n"
+        "**Not for clinical use.** It is no medical device; no diagnosis and no treatment may rest on it. Do not identify people with it, "
+        "nor pass generated images off as those of patients."
+    )
+
+
+def _data(facts: Facts) -> str:
+    summary, data = facts.summary, facts.of_data
+    if not data:
+        return ""
+    lines = [f"[{facts.data}](https://huggingface.co/datasets/{facts.data})" if facts.data else ""]
+    if summary:
+        names = list(next(iter(summary["classes"].values())))
+        rows = [[cell(name), *(str(summary["classes"][split].get(name, 0)) for split in SPLITS)] for name in names]
+        rows += [[what, *(str(summary[what][split]) for split in SPLITS)] for what in ("images", "patients")]
+        lines.append(table(["", *SPLITS], rows))
+        rules = ", ".join(f"{cell(rule)} ({count} images)" for rule, count in summary["patient_rule"].items())
+        kinds = ", ".join(f"{cell(kind)} ({count})" for kind, count in (summary.get("modalities") or {}).items())
+        lines.append(
+            f"Split by patient: no patient is in two splits; patients are known from {rules}." + (f" Modality: {kinds}." if kinds else "")
+        )
+    lines.append(f"Intensity map from {cell(data['unit'])} to [-1, 1]: `{json.dumps(data['intensity'])}`.")
+    return "\n\n".join(line for line in lines if line)
+
+
+def _training(facts: Facts) -> str:
+    config = facts.config
+    if not config:
+        return ""
+    names = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "mixed_precision", "rank", "seed")
+    rows = [[f"`{name}`", str(config[name])] for name in names if config.get(name) is not None]
+    return table(["flag", "value"], rows) + "\n\nAll flags are in `config.yaml`, versions in `environment.json`."
+
+
+def _classification(facts: Facts) -> str:
+    numbers = _numbers(facts.metrics, CLASSIFIER)
+    if not numbers:
+        return ""
+    cost = facts.metrics.get("rows_per_image")
+    spent = "" if cost is None else f" An image took {_number(cost)} rows of the UNet."
+    return f"{facts.metrics['n']} held-out images; 95 % intervals by patient bootstrap.{spent}\n\n{numbers}\n\n" + _pictures(
+        facts, ("roc", "confusion")
+    )
+
+
+def _calibration(facts: Facts) -> str:
+    numbers = _numbers(facts.metrics, CALIBRATION)
+    if not numbers:
+        return ""
+    fitted = facts.metrics.get("calibrated")
+    said = (
+        "Temperature and class bias were fitted on the validation split."
+        if fitted
+        else "**Not calibrated: the order of classes counts, not their probabilities.**"
+    )
+    return f"{said}\n\n{numbers}\n\n" + _pictures(facts, ("reliability",))
+
+
+def _distribution(facts: Facts) -> str:
+    metrics = facts.metrics
+    rows = []
+    for name, label in DISTRIBUTION.items():
+        if metrics.get(name) is not None:
+            floor = metrics.get(f"{name}_floor")
+            rows.append([label, _with_interval(metrics, name), "" if floor is None else _number(floor)])
+    if not rows:
+        return ""
+    counted = f"{metrics['n_generated']} generated against {metrics['n_real']} real images, in features of `{metrics['extractor']}`"
+    return f"{counted}; numbers of other features do not compare.\n\n" + table(["", "value", "other real images"], rows)
+
+
+def _classes(facts: Facts) -> str:
+    stems = [name for name in ("auroc", "fid", "fid_floor", "kid", "precision", "recall") if any(_of(facts, name))]
+    rows = [
+        [cell(name), *(_with_interval(facts.metrics, f"{stem}/{name}") for stem in stems)] for name in facts.of_data.get("class_names", ())
+    ]
+    return table(["class", *stems], rows) if stems else ""
+
+
+def _of(facts: Facts, stem: str) -> Iterator[bool]:
+    return (facts.metrics.get(f"{stem}/{name}") is not None for name in facts.of_data.get("class_names", ()))
+
+
+def _subgroups(metrics: Mapping[str, Any]) -> str:
+    rows = [
+        [cell(row["column"]), cell(row["value"]), str(row["n"]), str(row["patients"]), *(_with_interval(row, name) for name in SUBGROUP)]
+        for row in metrics.get("subgroups") or ()
+    ]
+    return table(["", "", "images", "patients", *SUBGROUP], rows)
+
+
+def _audit(facts: Facts) -> str:
+    audit = facts.audit
+    if audit is None:
+        return UNAUDITED
+    looked = "reconstructions of held-out images" if facts.kind == "autoencoder" else "generated images"
+    expected = _number(audit["false_positive_rate"])
+    return (
+        f"Audit {audit['verdict']}, of exactly these weights. {audit['samples']} {looked} were compared with {audit['training_images']} "
+        f"training images and {audit['held_out']} held-out ones: {audit['flagged']} were flagged as suspiciously near a training image (a "
+        f"share of {expected} is expected by chance), {audit['copies']} are copies. The error tells training images from others with AUROC "
+        f"{_with_interval(audit, 'membership_auroc')}, where 0.5 is not at all."
+    )
+
+
+def _numbers(metrics: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    rows = [[label, _with_interval(metrics, name)] for name, label in names.items() if metrics.get(name) is not None]
+    return table(["", "value [95 % interval]"], rows)
+
+
+def _with_interval(values: Mapping[str, Any], name: str) -> str:
+    if values.get(name) is None:
+        return ""
+    bounds = values.get(f"{name}_ci")
+    return _number(values[name]) + (f" [{_number(bounds[0])}, {_number(bounds[1])}]" if bounds else "")
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _pictures(facts: Facts, names: Sequence[str]) -> str:
+    """Figures that are sent."""
+    said = {
+        "generated": "Generated images, a row per class",
+        "denoising": "From noise to image",
+        "roc": "ROC curves",
+        "confusion": "Confusion matrix",
+        "reliability": "Reliability diagram",
+    }
+    return "\n\n".join(f"![{said[name]}](figures/{name}.png)" for name in names if f"figures/{name}.png" in facts.figures)
+
+
+def _loading(facts: Facts) -> str:
+    name, first = facts.name, next(iter(facts.of_data.get("class_names", ())), None)
+    asked = f'class_name="{first}"' if first else ""
+    ours = f'from medsd import MedSDPipeline, read_image\n\npipe = MedSDPipeline.from_pretrained("{name}")\npipe({asked}).images\n' + (
+        'pipe.classify([read_image("slice.dcm")]).probabilities\n' if len(facts.of_data.get("class_names", ())) > 1 else ""
+    )
+    plain = LOADING.get(facts.class_name, LOADING["autoencoder"]).format(name=name, base=facts.base, class_name=facts.class_name)
+    if facts.kind == "lora":
+        plain += "".join(
+            f'pipe.load_textual_inversion("{name}", weight_name="{_embedding(token)}")\n' for token in facts.of_data["class_tokens"]
+        )
+    if facts.kind == "autoencoder":
+        ours = f"accelerate launch recipes/finetune_unet.py --vae {name}\n"
+        return f"```python\n{plain}```\n\nWith medsd:\n\n```bash\n{ours}```"
+    return f"With medsd:\n\n```python\n{ours}```\n\nWith diffusers alone:\n\n```python\n{plain}```"
+
+
+def _embedding(token: str) -> str:
+    return f"{EMBEDS}/{token.strip('<>')}.safetensors"
+
+
+def _citation() -> str:
+    return (
+        "Probabilities are those of the Diffusion Classifier (Li et al., [Your Diffusion Model is Secretly a Zero-Shot "
+        "Classifier](https://arxiv.org/abs/2303.16203), ICCV 2023).\n\n"
+        "```bibtex\n@software{medsd,\n  title = {medsd: fine-tuned diffusion models of medical images that classify},\n"
+        "  author = {{medsd developers}}\n}\n```"
+    )

@@ -1,0 +1,76 @@
+"""Folders of models that others made: nothing in them is executed, and nothing outside them is read.
+
+Weights are safetensors, parts are classes of diffusers and transformers, and every file that a name leads to lies in the folder. (In the
+Hub's cache a file is a link into the `blobs` beside the snapshots, which counts as in the folder.)
+"""
+
+import json
+from pathlib import Path, PurePath
+from typing import Any
+
+from medsd.errors import InputError
+
+LIBRARIES = frozenset({"diffusers", "transformers"})
+PARTS = ("unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler", "learned_embeds")
+WEIGHTS = ("unet", "vae", "text_encoder")
+REMEDY = "take the model from another place"
+
+
+def check_trust(folder: Path) -> None:
+    """Raise InputError, which names the file, for a folder whose models would run code or reach outside it."""
+    parts = [folder / name for name in PARTS if (folder / name).is_dir()]
+    files = [path for place in (folder, *parts) for path in place.glob("*") if path.is_file()]
+    for path in (*parts, *files):
+        if path.is_symlink() and not _inside(path, folder):
+            raise InputError(f"{folder}: {_shown(path, folder)} is a link to a place outside the folder: {REMEDY}")
+    _check_index(folder)
+    for file in [file for file in files if ".index." in file.name and file.suffix == ".json"]:
+        for name in set(_strings_in(_read(file, folder).get("weight_map"))):
+            if PurePath(name).name != name or name in {"..", "."}:
+                raise InputError(f"{folder}: {_shown(file, folder)} names a file outside its folder: {REMEDY}")
+    for file in [file for file in files if file.name.endswith("config.json")]:
+        if "auto_map" in _read(file, folder):
+            raise InputError(f"{folder}: {_shown(file, folder)} asks for code of its own, which is never run: {REMEDY}")
+
+
+def _check_index(folder: Path) -> None:
+    index = _read(folder / "model_index.json", folder) if (folder / "model_index.json").is_file() else {}
+    if not isinstance(index.get("_class_name", ""), str):
+        raise InputError(f"{folder}: model_index.json asks for a pipeline's own code, which is never run: {REMEDY}")
+    for part, named in index.items():
+        of_library = isinstance(named, list) and len(named) == 2 and named[0] is not None
+        if of_library and (named[0] not in LIBRARIES | {"stable_diffusion"} or not str(named[1]).isidentifier()):
+            raise InputError(f"{folder}: model_index.json takes {part} from {named[0]}, not diffusers or transformers: {REMEDY}")
+    for part in WEIGHTS:
+        there = [file.suffix for file in (folder / part).glob("*") if file.is_file()]
+        if index.get(part, [None])[0] and ".safetensors" not in there and {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack"} & set(there):
+            raise InputError(f"{folder}: {part}/ holds pickled weights and no safetensors, and a pickle can run code: {REMEDY}")
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    target = path.resolve()
+    return any(target.is_relative_to(root) for root in (folder.resolve(), *_blobs(folder)))
+
+
+def _blobs(folder: Path) -> list[Path]:
+    """Where the Hub's cache keeps the files of a snapshot."""
+    absolute = folder.absolute()
+    return [absolute.parent.parent.resolve() / "blobs"] if absolute.parent.name == "snapshots" else []
+
+
+def _shown(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _strings_in(weight_map: Any) -> list[str]:
+    return [str(value) for value in weight_map.values()] if isinstance(weight_map, dict) else [".."]
+
+
+def _read(file: Path, folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise InputError(f"{folder}: {_shown(file, folder)} cannot be read: copy the folder again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{folder}: {_shown(file, folder)} is no record of names and values: {REMEDY}")
+    return content
