@@ -350,6 +350,26 @@ def test_p_flip_is_how_often_endless_pairs_answer_otherwise():
     assert flipped[likely].sum() > 3 * flipped[~likely].sum()
 
 
+def test_intervals_hold_what_endless_pairs_say():
+    score, _ = scored(pairs=1024, count=60)
+    endless = score()
+    few = Scores(np.where(np.arange(1024) < 16, endless.losses, np.nan), endless.places)
+    calibration = Calibration(3.0, (0.0,) * 3)
+    low, high = posterior(few, calibration).intervals.transpose(2, 0, 1)
+    truth = softmax(posterior(endless, calibration).logits)
+    assert ((low <= truth) & (truth <= high)).mean() > 0.93
+    assert (high - low).mean() < 0.3
+    assert np.ptp(posterior(endless, calibration).intervals, axis=2).mean() < (high - low).mean() / 3
+
+
+def test_intervals_of_sums_are_those_of_findings():
+    score, _ = scored(count=5)
+    scores = score()
+    whole = posterior(scores, sums=np.ones((3, 1))).intervals
+    np.testing.assert_allclose(whole, np.ones((15, 1, 2)))
+    np.testing.assert_allclose(posterior(scores, sums=np.eye(3)).intervals, posterior(scores).intervals)
+
+
 @pytest.mark.parametrize("usual", [None, 2.0])
 def test_rivals_share_the_error_of_the_leader(usual):
     """Classes that err by themselves: as often as the true posterior of their means has it, which independent differences overstate."""

@@ -32,7 +32,8 @@ class ExplainingMixin(ScoringMixin):
 
         `class_name` and `against` default to the most probable class and the next one; of findings, name single ones, and `against`
         defaults to none of them. `against=""` is the empty prompt (of findings: none of them), for data in which no class is the normal
-        one. `ranges` `(1, C, 2)` and `weighting` as in `classify`. Raises InputError for an unknown class.
+        one; a folder without classes takes two prompts. `ranges` `(1, C, 2)` and `weighting` as in `classify`. Raises InputError for an
+        unknown class.
         """
         if against is None and self.data.multi_label and () in self.hypotheses.sets:
             against = ""
@@ -49,7 +50,7 @@ class ExplainingMixin(ScoringMixin):
         )
         pixels = self.codec.spread(elements).cpu().numpy()
         blurred = gaussian_filter(pixels, BLUR * len(pixels), mode="reflect")
-        return Evidence(blurred, self._unit(image, ranges), class_name, against)
+        return Evidence(blurred, self.unit_image(image, ranges), class_name, against)
 
     @torch.no_grad()
     def counterfactual(
@@ -88,14 +89,19 @@ class ExplainingMixin(ScoringMixin):
         return [output.hypotheses[index] for index in output.posterior.probabilities[0].argsort()[::-1]]
 
     def _prompt_of(self, name: str) -> str:
-        """Of a class or of a set of findings, `"a|b"`; of none of them, or the empty prompt where there is no such set."""
+        """Of a class or of a set of findings, `"a|b"`; of none of them, or the empty prompt where there is no such set.
+
+        Where there are no classes, a name is a prompt itself.
+        """
+        if not self.class_names:
+            return name
         prompts = {"": ""} | dict(zip(self.class_names, self.data.prompts, strict=True))
         prompts |= dict(zip(self.hypotheses.names(self.class_names), self.hypotheses.prompts(self.data), strict=True))
         if name not in prompts:
             raise InputError(f'unknown class "{name}"; this pipeline knows {", ".join(self.class_names) or "none"}')
         return prompts[name]
 
-    def _unit(self, image: np.ndarray | Image.Image, ranges: np.ndarray | None) -> np.ndarray:
-        """`(C, R, R)` in `[-1, 1]`."""
+    def unit_image(self, image: np.ndarray | Image.Image, ranges: np.ndarray | None = None) -> np.ndarray:
+        """An image as the model sees it, `(C, R, R)` in `[-1, 1]`; `ranges` as in `evidence`."""
         own = None if ranges is None else torch.as_tensor(ranges, dtype=torch.float32)
         return to_unit(torch.from_numpy(self.fit_image(image).astype(np.float32))[None], self.data.intensity_map, own)[0].numpy()

@@ -33,6 +33,8 @@ UNKNOWN_VARIANCE = 1e12
 """Variance, nats squared, of what one slot tells nothing of."""
 DRAWS = 256
 """Of what pairs that were not computed might have said."""
+INTERVAL = (0.025, 0.975)
+"""Quantiles of those draws."""
 
 
 class NotFinite(InputError):
@@ -158,6 +160,8 @@ class Posterior:
     """`(N,)`: the class that a race ends on, and of which `decide` promises: the best of those with the most pairs."""
     p_flip: np.ndarray
     """`(N,)`: probability that infinitely many pairs would put another class first; 0 where the classes' pairs say all the same."""
+    intervals: np.ndarray
+    """`(N, F, 2)`: where infinitely many pairs would put the probabilities in 95 of 100 cases: those of the classes, or of `sums`."""
 
     @property
     def entropy(self) -> np.ndarray:
@@ -165,8 +169,12 @@ class Posterior:
         return -(self.probabilities * np.log(np.maximum(self.probabilities, np.finfo(float).tiny))).sum(1)
 
 
-def posterior(scores: Scores, calibration: Calibration | None = None, prior: np.ndarray | None = None) -> Posterior:
+def posterior(
+    scores: Scores, calibration: Calibration | None = None, prior: np.ndarray | None = None, sums: np.ndarray | None = None
+) -> Posterior:
     """Class probabilities by Bayes' rule, under a calibration (default none) and a prior `(K,)` (default uniform).
+
+    `sums` `(K, F)` of 0 and 1 asks for intervals of sums of classes instead: of findings, each the sum of the sets that hold it.
 
     Differences between classes are taken on common pairs. What is left of the plan would move them by normal errors, which share the
     leader's, and over which probabilities are averaged; all of the plan moves nothing, so that a calibration fitted on full plans holds.
@@ -179,9 +187,15 @@ def posterior(scores: Scores, calibration: Calibration | None = None, prior: np.
     rest = np.where(unseen > 0, variance, 0.0) * unseen / len(scores.places)
     remaining = _errors(rest, correlation * common_share(np.maximum(unseen, 1)))
     averaged = [np.exp(log_softmax(errors - mean)).mean(0) for mean, errors in zip(means, remaining, strict=True)]
-    endless = [(errors - mean).argmax(1) for mean, errors in zip(means, _errors(variance, correlation), strict=True)]
-    flips = (np.array(endless) != leader[:, None]).mean(1)
-    return Posterior(np.array(averaged), -means, np.sqrt(variance), leader, flips)
+    endless = [errors - mean for mean, errors in zip(means, _errors(variance, correlation), strict=True)]
+    flips = [(logits.argmax(1) != place).mean() for logits, place in zip(endless, leader, strict=True)]
+    intervals = [_interval(np.exp(log_softmax(logits)), sums) for logits in endless]
+    return Posterior(np.array(averaged), -means, np.sqrt(variance), leader, np.array(flips), np.array(intervals))
+
+
+def _interval(draws: np.ndarray, sums: np.ndarray | None) -> np.ndarray:
+    """Of probabilities `(DRAWS, K)`, or of sums of them: `(F, 2)`."""
+    return np.quantile(draws if sums is None else draws @ sums, INTERVAL, axis=0).T.clip(0, 1)
 
 
 def _errors(variance: np.ndarray, correlation: np.ndarray) -> Iterator[np.ndarray]:

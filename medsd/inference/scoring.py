@@ -70,6 +70,11 @@ class ClassifyOutput:
         return self.scores.standard_errors
 
     @property
+    def intervals(self) -> np.ndarray:
+        """`(N, K, 2)`: standard errors carried over to the probabilities, which endless pairs would put here in 95 of 100 cases."""
+        return self.posterior.intervals
+
+    @property
     def pairs(self) -> np.ndarray:
         """`(N, H)` (timestep, noise) pairs spent."""
         return self.scores.pairs
@@ -155,15 +160,16 @@ class ScoringMixin:
         latents = self.encode_images(images, ranges)
         plan = self._plan(latents, max_pairs, weighting, seed, calibration)
         scores = self._score(latents, self.encode_prompts(texts), plan, rule, belief, chosen, calls, progress)
-        believed = posterior(scores, belief.calibration, prior)
         findings = prompts is None and self.data.multi_label
+        membership = self.hypotheses.membership(len(self.class_names)) if findings else None
+        believed = posterior(scores, belief.calibration, prior, membership)
         probabilities = believed.probabilities
         # The promise of `decide` is about the class that the race ended on.
         answers = believed.leader if mode == "decide" else probabilities.argmax(1)
         predictions = [hypotheses[index] for index in answers]
         if findings:
             # Summed one after the other: a matrix product's last bit depends on how many images there are.
-            probabilities = (probabilities[:, :, None] * self.hypotheses.membership(len(self.class_names))).sum(1)
+            probabilities = (probabilities[:, :, None] * membership).sum(1)
             predictions = predictions if mode == "decide" else self._findings(probabilities)
         calibrated = calibration is not None and calibration.fits(max_pairs)
         return ClassifyOutput(predictions, probabilities, calibrated, hypotheses, self.batch_rows(batch_size), chosen, scores, believed)
