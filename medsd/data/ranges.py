@@ -85,14 +85,16 @@ def _series_ranges(table: "pyarrow.Table") -> dict[str | None, list[float]]:
     for name, quantiles, pixels in zip(_column(table, "series"), _column(table, "quantiles"), _column(table, "foreground"), strict=True):
         if quantiles:
             slices.setdefault(name, []).append((quantiles, pixels))
-    wanted = np.array(PERCENTILES) / 100
-    ranges = {}
-    for name, found in slices.items():
-        values = np.unique([quantiles for quantiles, _ in found])
-        share = np.average([_distribution(values, quantiles) for quantiles, _ in found], axis=0, weights=[pixels for _, pixels in found])
-        low, high = np.interp(wanted, share.ravel(), np.repeat(values, 2)).tolist()
-        ranges[name] = [low, high] if low < high else _ends(table, name)
-    return ranges
+    joint = {name: joint_percentiles(found) for name, found in slices.items()}
+    return {name: [low, high] if low < high else _ends(table, name) for name, (low, high) in joint.items()}
+
+
+def joint_percentiles(slices: Sequence[tuple[list[float], int]]) -> tuple[float, float]:
+    """`PERCENTILES` of slices together, from each one's `QUANTILES` and how many pixels they are of."""
+    values = np.unique([quantiles for quantiles, _ in slices])
+    share = np.average([_distribution(values, quantiles) for quantiles, _ in slices], axis=0, weights=[pixels for _, pixels in slices])
+    low, high = np.interp(np.array(PERCENTILES) / 100, share.ravel(), np.repeat(values, 2)).tolist()
+    return low, high
 
 
 def _ends(table: "pyarrow.Table", series: str | None) -> list[float]:
