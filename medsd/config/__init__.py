@@ -10,7 +10,7 @@ from medsd.config.evaluate import EvaluateConfig
 from medsd.config.push import PushConfig
 from medsd.config.sweep import SweepConfig
 from medsd.config.unet import FinetuneUNetConfig
-from medsd.config.use import ClassifyConfig, GenerateConfig
+from medsd.config.use import AppConfig, ClassifyConfig, GenerateConfig
 from medsd.config.vae import FinetuneVAEConfig
 
 RECIPES: tuple[type[RecipeConfig], ...] = (
@@ -22,11 +22,13 @@ RECIPES: tuple[type[RecipeConfig], ...] = (
     EvaluateConfig,
     PushConfig,
     SweepConfig,
+    AppConfig,
 )
 __all__ = [
     "PHANTOM",
     "RECIPES",
     "RULES_WAIT",
+    "AppConfig",
     "ClassifyConfig",
     "EvaluateConfig",
     "FinetuneUNetConfig",

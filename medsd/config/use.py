@@ -124,3 +124,25 @@ class ClassifyConfig(RecipeConfig):
         super().check()
         if not 0 < self.delta < 1:
             raise InputError(f"--delta {self.delta} is not between 0 and 1")
+
+
+@dataclass
+class AppConfig(RecipeConfig):
+    """Serve a page that generates and classifies with a pipeline; needs Gradio, the extra `app`."""
+
+    section: ClassVar[str] = "app"
+
+    pipeline: str = "runs/{name}/unet"
+    """Pipeline folder or Hub id. The environment variable MEDSD_PIPELINE, where it is set, stands in for this default."""
+    server_name: str | None = None
+    """Address to listen at; 0.0.0.0 lets other machines in. Default: Gradio's own, GRADIO_SERVER_NAME, else 127.0.0.1, this machine."""
+    server_port: int | None = None
+    """Port to listen at. Default: Gradio's own, GRADIO_SERVER_PORT, else the first free one from 7860 on."""
+    share: bool = False
+    """Let others in through a tunnel of Gradio's: what is dropped on the page then leaves this machine."""
+    num_inference_steps: int = 30
+    """Denoising steps that the page begins with."""
+    guidance_scale: float = 2.0
+    """Classifier-free guidance (Ho and Salimans, 2022) that the page begins with; 1 is none."""
+    max_pairs: int = 64
+    """(timestep, noise) pairs per image and class, at most; a calibration is for as many."""
