@@ -358,6 +358,8 @@ def test_intervals_hold_what_endless_pairs_say():
     low, high = posterior(few, calibration).intervals.transpose(2, 0, 1)
     truth = softmax(posterior(endless, calibration).logits)
     assert ((low <= truth) & (truth <= high)).mean() > 0.93
+    said = posterior(few, calibration).probabilities
+    assert ((low <= said) & (said <= high)).all()
     assert (high - low).mean() < 0.3
     assert np.ptp(posterior(endless, calibration).intervals, axis=2).mean() < (high - low).mean() / 3
 

@@ -161,7 +161,8 @@ class Posterior:
     p_flip: np.ndarray
     """`(N,)`: probability that infinitely many pairs would put another class first; 0 where the classes' pairs say all the same."""
     intervals: np.ndarray
-    """`(N, F, 2)`: where infinitely many pairs would put the probabilities in 95 of 100 cases: those of the classes, or of `sums`."""
+    """`(N, F, 2)`: where infinitely many pairs would put the probabilities in 95 of 100 cases: those of the classes, or of `sums`.
+    Wide enough for the probabilities themselves."""
 
     @property
     def entropy(self) -> np.ndarray:
@@ -186,16 +187,19 @@ def posterior(
     unseen = len(scores.places) - scores.pairs
     rest = np.where(unseen > 0, variance, 0.0) * unseen / len(scores.places)
     remaining = _errors(rest, correlation * common_share(np.maximum(unseen, 1)))
-    averaged = [np.exp(log_softmax(errors - mean)).mean(0) for mean, errors in zip(means, remaining, strict=True)]
+    averaged = np.array([np.exp(log_softmax(errors - mean)).mean(0) for mean, errors in zip(means, remaining, strict=True)])
     endless = [errors - mean for mean, errors in zip(means, _errors(variance, correlation), strict=True)]
     flips = [(logits.argmax(1) != place).mean() for logits, place in zip(endless, leader, strict=True)]
-    intervals = [_interval(np.exp(log_softmax(logits)), sums) for logits in endless]
-    return Posterior(np.array(averaged), -means, np.sqrt(variance), leader, np.array(flips), np.array(intervals))
+    intervals = np.array([_interval(logits, own, sums) for logits, own in zip(endless, averaged, strict=True)])
+    return Posterior(averaged, -means, np.sqrt(variance), leader, np.array(flips), intervals)
 
 
-def _interval(draws: np.ndarray, sums: np.ndarray | None) -> np.ndarray:
-    """Of probabilities `(DRAWS, K)`, or of sums of them: `(F, 2)`."""
-    return np.quantile(draws if sums is None else draws @ sums, INTERVAL, axis=0).T.clip(0, 1)
+def _interval(logits: np.ndarray, averaged: np.ndarray, sums: np.ndarray | None) -> np.ndarray:
+    """Of the probabilities in draws of logits `(DRAWS, K)`, or of sums of them, and around their own `(K,)`: `(F, 2)`."""
+    draws = np.exp(log_softmax(logits))
+    draws, averaged = (draws, averaged) if sums is None else (draws @ sums, averaged @ sums)
+    low, high = np.quantile(draws, INTERVAL, axis=0)
+    return np.stack([np.minimum(low, averaged), np.maximum(high, averaged)], 1).clip(0, 1)
 
 
 def _errors(variance: np.ndarray, correlation: np.ndarray) -> Iterator[np.ndarray]:
