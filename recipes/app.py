@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PIPELINE = "MEDSD_PIPELINE"
 """Environment variable: what a Space loads, where no flag can be given."""
-UPLOAD_LIMIT = "512mb"
+UPLOAD_LIMIT_MB = 512
 SESSIONS = 16
 """Of which the server keeps the dropped image; the oldest ones are forgotten first."""
 MOST_STEPS = 100
@@ -75,7 +75,7 @@ def serve(page: "gradio.Blocks", config: AppConfig) -> None:
         share=config.share,
         theme=calm(gr),
         css=stylesheet(),
-        max_file_size=UPLOAD_LIMIT,
+        max_file_size=f"{UPLOAD_LIMIT_MB}mb",
         state_session_capacity=SESSIONS,
         prevent_thread_lock=True,
         quiet=True,
@@ -88,7 +88,7 @@ def serve(page: "gradio.Blocks", config: AppConfig) -> None:
     try:
         Event().wait()
     finally:
-        page.close()
+        page.close(verbose=False)
 
 
 def calm(gr: Any) -> Any:
@@ -136,7 +136,7 @@ def add_generation(gr: Any, pipe: "MedSDPipeline", config: AppConfig) -> None:
             shown = gr.HTML(min_height=160)
 
     def draw(name, text, seed, steps, guidance, progress=gr.Progress()):  # noqa: ANN001, ANN202, B008
-        return or_alert(generate, pipe, name, text, int(seed), int(steps), guidance, progress)
+        return or_alert(generate, pipe, name, text, int(seed or 0), int(steps), guidance, progress)
 
     start.click(draw, [names, prompt, seed, steps, guidance], shown, concurrency_id="model", api_name="generate")
 
@@ -150,7 +150,7 @@ def add_classification(gr: Any, pipe: "MedSDPipeline", config: AppConfig) -> Non
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             file = gr.File(label="Image file", height=170)
-            gr.HTML(f'<p class="medsd-note">DICOM, NIfTI, PNG, JPEG, TIFF or NPY, up to {UPLOAD_LIMIT.upper()}</p>')
+            gr.HTML(f'<p class="medsd-note">DICOM, NIfTI, PNG, JPEG, TIFF or NPY, up to {UPLOAD_LIMIT_MB} MB</p>')
             seen = gr.HTML(min_height=80)
             place = gr.Slider(1, 2, 1, step=1, label="Slice", visible=False)
             prompts = gr.Textbox(label="Prompts to choose between, one a line", lines=3, visible=takes_prompts(pipe))
