@@ -112,12 +112,18 @@ def test_a_hostile_file_is_one_line_and_gone(pipe, drop, content, name, message)
     assert not path.exists()
 
 
-@pytest.mark.parametrize(("limit", "value", "message"), [("SECONDS", 0.01, "took longer"), ("MEMORY", 2**20, "")])
+def large():
+    file = BytesIO()
+    np.save(file, np.zeros((4096, 4096), np.float32))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("limit", "value", "message"), [("SECONDS", 0.0, "took longer"), ("MEMORY", 2**23, "")])
 def test_a_decoder_beyond_its_limits_is_ended_and_the_page_goes_on(pipe, drop, dicom, monkeypatch, limit, value, message):
     with monkeypatch.context() as patch:
         patch.setattr(upload, limit, value)
-        found, words = receive(pipe, drop(dicom.read_bytes(), "scan.dcm"))
-    assert found is None and words.startswith("scan.dcm: ") and message in words
+        found, words = receive(pipe, drop(large(), "large.npy"))
+    assert found is None and words.startswith("large.npy: ") and message in words
     assert receive(pipe, drop(dicom.read_bytes(), "scan.dcm"))[0] is not None
 
 
