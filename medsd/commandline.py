@@ -49,11 +49,12 @@ def parse(recipe: type[Config], argv: Sequence[str]) -> Config:
 def run(main: Callable[[Config], None], recipe: type[Config]) -> None:
     """Parse the command line and call `main`; end with one line and the contract's exit code where something is wrong."""
     follow_launcher()
-    config = _or_exit(lambda: parse(recipe, sys.argv[1:]), USAGE_ERROR)
-    _or_exit(lambda: main(config), USER_ERROR)
+    config = or_exit(lambda: parse(recipe, sys.argv[1:]), USAGE_ERROR)
+    or_exit(lambda: main(config), USER_ERROR)
 
 
-def _or_exit(step: Callable[[], Result], code: int) -> Result:
+def or_exit(step: Callable[[], Result], code: int) -> Result:
+    """What `step` gives; where a user can mend what went wrong, one line and an exit with `code`."""
     try:
         return step()
     except KeyboardInterrupt:
