@@ -104,8 +104,8 @@ class Replay:
         self.folder, self.root, self.workdir, self.volumes, self.skipped = folder, folder / stage, folder / stage, [], []
         subprocess.run([sys.executable, "-m", "venv", folder / f"{stage}_python"], check=True)
         self.environment = {name: os.environ[name] for name in os.environ if name.startswith(("PIP_", "OMP_", "LANG", "SSL_"))}
-        # A registry that cannot be reached is not asked again, and modules are compiled when they are imported.
-        self.environment |= {"PIP_RETRIES": "0", "PIP_NO_COMPILE": "1", "PATH": f"{folder / f'{stage}_python'}/bin:{os.environ['PATH']}"}
+        # A registry that cannot be reached is not asked again; pip reads 0 as --no-compile: modules are compiled when they are imported.
+        self.environment |= {"PIP_RETRIES": "0", "PIP_NO_COMPILE": "0", "PATH": f"{folder / f'{stage}_python'}/bin:{os.environ['PATH']}"}
         for word, rest in steps(stage, variant):
             self.step(word, rest)
 
