@@ -21,7 +21,7 @@ DOCS = REPOSITORY / "docs"
 CONFIGS = {recipe.section: recipe for recipe in RECIPES}
 TRAINING = ["--max_train_steps", "2", "--train_batch_size", "2", "--report_to", "none"]
 SMALLER = {
-    "prepare_data": ["--num_workers", "0", "--duplicates", "keep"],
+    "prepare_data": ["--num_workers", "0", "--duplicates", "keep", "--salt_file", "salt"],
     "finetune_vae": TRAINING,
     "finetune_unet": TRAINING,
     "generate": ["--num_images", "2", "--num_inference_steps", "2"],
@@ -56,9 +56,9 @@ def commands(page):
 
 @pytest.fixture
 def empty(tmp_path, monkeypatch):
-    """An empty folder with the recipes in it, and with settings and caches of its own."""
+    """An empty folder with the recipes in it, and with a salt and a cache of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    (tmp_path / "salt").write_bytes(b"a salt for tests only")
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")
     return tmp_path
@@ -78,9 +78,10 @@ def test_the_tutorial(empty, capsys):
         if words[0] == "-c":
             assert HEADS in words[1]
             exec(words[1].replace(HEADS, FEWER_HEADS), {})
-        elif "push.py" not in words[0] or "--dry_run" in words:
+        elif words[0] != "recipes/push.py" or "--dry_run" in words:
             type_in(words)
-    assert "patient from: PatientID (144 images)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "patient from: PatientID (144 images)" in said and "files would be sent" in said
     for block in blocks("tutorial.md", "python"):
         exec(block, {})
     for file in re.findall(r"`(runs/tutorial/[\w./]+)`", (DOCS / "tutorial.md").read_text()):
@@ -88,7 +89,7 @@ def test_the_tutorial(empty, capsys):
     run = empty / "runs" / "tutorial"
     assert json.loads((run / "unet" / "status.json").read_text())["state"] == "finished"
     assert {"auroc", "auroc_ci"} <= json.loads((run / "scores" / "metrics.json").read_text()).keys()
-    assert json.loads((run / "unet" / "audit.json").read_text())["verdict"] in {"passed", "failed"}
+    assert json.loads((run / "unet" / "audit.json").read_text())["verdict"] == "passed"
 
 
 def write_png_and_csv(folder):
