@@ -2,8 +2,9 @@
 
     python recipes/app.py
     python recipes/app.py --pipeline runs/brain_mri/unet --server_port 7861
+    python recipes/app.py --pipeline user/name --push_space user/page
 
-As a Space: this file as `app.py`, and the Hub id of a pipeline in the variable MEDSD_PIPELINE. See docs/app.md.
+As a Space, this file is `app.py` and finds its pipeline in the variable MEDSD_PIPELINE. See docs/app.md.
 """
 
 import os
@@ -35,9 +36,11 @@ MOST_STEPS = 100
 
 
 def main(config: AppConfig) -> None:
-    """Load the pipeline, and serve until Ctrl-C or SIGTERM."""
+    """Load the pipeline, and serve until Ctrl-C or SIGTERM; or send the page to the Hub."""
     if find_spec("gradio") is None:
         raise InputError('the page needs Gradio: pip install -c constraints.txt -e ".[app]"')
+    if config.push_space:
+        return push(config)
     from medsd.inference.pipeline import MedSDPipeline
     from medsd.runtime import quiet_libraries, start_processes
 
@@ -46,6 +49,14 @@ def main(config: AppConfig) -> None:
     pipe.set_progress_bar_config(disable=True)
     with private_folder():
         serve(build(pipe, config), config)
+
+
+def push(config: AppConfig) -> None:
+    """Send this file and medsd to a Space."""
+    from medsd.hub.space import push_space
+
+    print(f"pushed to {push_space(Path(__file__), config.pipeline, config.push_space, config.hub_private_repo)}")
+    print("a private pipeline needs a secret HF_TOKEN in the Space's settings, a token that may read it")
 
 
 def chosen_pipeline(config: AppConfig) -> str:

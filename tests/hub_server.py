@@ -34,6 +34,8 @@ class Repository:
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {".gitattributes": b""}})
     commits: list[list[str]] = field(default_factory=list)
     """Paths that each commit added, in their order."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Of a Space."""
 
     @property
     def files(self):
@@ -214,6 +216,14 @@ def application(server):
             {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": repository.sha(branch)} for branch in repository.branches
         ]
         return {"branches": branches, "tags": [], "converts": []}
+
+    @app.post("/api/spaces/{user}/{name}/variables")
+    async def variables(user: str, name: str, request: Request):
+        repository, wanted = found("spaces", f"{user}/{name}"), json.loads(await body(request))
+        if repository is None:
+            return refusal("RepoNotFound")
+        repository.variables[wanted["key"]] = wanted["value"]
+        return {key: {"key": key, "value": value} for key, value in repository.variables.items()}
 
     @app.post("/api/{kind}/{user}/{name}/branch/{revision:path}")
     async def branch(kind: str, user: str, name: str, revision: str):

@@ -146,3 +146,7 @@ class AppConfig(RecipeConfig):
     """Classifier-free guidance (Ho and Salimans, 2022) that the page begins with; 1 is none."""
     max_pairs: int = 64
     """(timestep, noise) pairs per image and class, at most; a calibration is for as many."""
+    push_space: str | None = None
+    """Push this page to the Hub as a Space, user/name, instead of serving it; the pipeline is a Hub id then."""
+    hub_private_repo: bool = True
+    """Make the Space private."""

@@ -39,6 +39,7 @@ INDEXED = {"image-classification": ("auroc", "balanced_accuracy", "ece", "nll"),
 SUBGROUP = ("auroc", "balanced_accuracy", "ece", "nll")
 SPLITS = ("train", "validation", "test")
 UNAUDITED = "**Not audited for copies of training images.** It may reproduce images of patients: do not make it public."
+UNCALIBRATED = "**Not calibrated: the order of classes counts, not their probabilities.**"
 HOLDS = {
     "pipeline": "a diffusion model that generates medical images by class and scores how likely each class is for an image",
     "lora": "LoRA adapters and class tokens for a diffusion model, which generates medical images by class and scores their likelihoods",
@@ -226,12 +227,9 @@ def _calibration(facts: Facts) -> str:
     numbers = _numbers(facts.metrics, CALIBRATION)
     if not numbers:
         return ""
-    fitted = facts.metrics.get("calibrated")
-    said = (
-        "Temperature and class bias were fitted on the validation split."
-        if fitted
-        else "**Not calibrated: the order of classes counts, not their probabilities.**"
-    )
+    said = "These probabilities were calibrated." if facts.metrics.get("calibrated") else UNCALIBRATED
+    kept = facts.info.get("calibration")
+    said += f" What is pushed is calibrated, too ({cell(kept['source'])})." if kept else " What is pushed holds no calibration."
     return f"{said}\n\n{numbers}\n\n" + _pictures(facts, ("reliability",))
 
 

@@ -74,6 +74,14 @@ def upload(parcel: Parcel, target: Target, ours: Callable[[str], bool], message:
     return str(url)
 
 
+def set_variable(target: Target, name: str, value: str) -> None:
+    """Let a Space find a value in its environment; raises InputError where the Hub refuses."""
+    from huggingface_hub import HfApi
+
+    with _one_line(target):
+        _patiently(lambda: HfApi().add_space_variable(target.name, name, value))
+
+
 def _sdk(target: Target) -> dict[str, str]:
     return {"space_sdk": "gradio"} if target.kind == "space" else {}
 
