@@ -147,7 +147,7 @@ def image(path: Path, seed: Seed) -> Iterator[Row]:
 def pictures(path: Path, seed: Seed) -> list[Row]:
     folder = seed.path.parent / "pictures"
     if seed.reader == "table":
-        return table(folder, path, "label", "file", "patient", "split", "mask")
+        return table(folder, path, "label", "file", "patient", "split", "mask").rows
     columns = ("effusion", "nodule") if seed.reader == "flags" else ("findings",)
     return findings_table(folder, path, columns, patient_column="patient").rows
 

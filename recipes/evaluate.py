@@ -337,7 +337,7 @@ def complete(evaluation: Evaluation) -> None:
     material.facts = run_facts(pipe, run_folder, config.dataset_name) | {"Generated with": drawn}
     material.curves, material.environment = read_curves(run_folder), read_environment(run_folder)
     material.sweep = read_sweep(Path(config.sweep), config.dataset_name)
-    if not material.sweep:
+    if not material.sweep and Path(config.sweep).is_dir():
         print(f"no data-size curve: {config.sweep} holds no sweep of this data")
 
 

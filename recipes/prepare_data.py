@@ -104,7 +104,7 @@ def read_collection(config: PrepareDataConfig) -> "Collection":
     columns["mask_column"] = config.mask_column
     if config.multi_label:
         return sources.findings_table(folder, labels, config.label_column, config.uncertain, accepts=accepts, **columns)
-    return Collection(sources.table(folder, labels, config.label_column[0], accepts=accepts, **columns))
+    return sources.table(folder, labels, config.label_column[0], accepts=accepts, **columns)
 
 
 def say_survey(found: "Survey", options: "PrepareOptions") -> None:

@@ -93,7 +93,7 @@ def test_table_with_patients_splits_by_patient(tmp_path):
         writer.writeheader()
         for row in image_folder(folder):
             writer.writerow({"file": row.name, "label": row.label, "who": int(row.file.stem.split("-")[1]) // 3})
-    rows = table(folder, folder / "labels.csv", "label", patient_column="who")
+    rows = table(folder, folder / "labels.csv", "label", patient_column="who").rows
     prepare(rows, tmp_path / "data", OPTIONS, SALT, "test")
     owners = {split: set(load_dataset(tmp_path / "data", split=split)["patient_id"]) for split in ("train", "validation", "test")}
     assert not owners["train"] & owners["test"] and not owners["train"] & owners["validation"] and not owners["validation"] & owners["test"]
@@ -106,7 +106,7 @@ def test_given_splits_are_kept_and_checked(tmp_path):
         f"{row.name},{row.label},p{i},{'test' if i % 3 == 0 else 'training'}" for i, row in enumerate(image_folder(folder))
     ]
     (folder / "labels.csv").write_text("\n".join(lines))
-    rows = table(folder, folder / "labels.csv", "label", patient_column="patient", split_column="fold")
+    rows = table(folder, folder / "labels.csv", "label", patient_column="patient", split_column="fold").rows
     assert prepare(rows, tmp_path / "data", OPTIONS, SALT, "test")["images"] == {"train": 8, "validation": 0, "test": 4}
     with pytest.raises(InputError, match="patient"):
         prepare([replace(row, patient="one") for row in rows], tmp_path / "other", OPTIONS, SALT, "test")
@@ -269,7 +269,7 @@ def test_real_ct_keeps_its_bits(real_data, tmp_path):
     folder = real_data / "ct_contrast_dicom"
     from medsd.data.files import is_dicom
 
-    rows = table(folder, folder / "overview.csv", "Contrast", "dicom_name", accepts=is_dicom)
+    rows = table(folder, folder / "overview.csv", "Contrast", "dicom_name", accepts=is_dicom).rows
     prepare(rows, tmp_path / "data", replace(OPTIONS, resolution=128), SALT, "test")
     info = load_info(tmp_path / "data")
     assert info.unit == "HU" and info.channels == 3
@@ -279,7 +279,7 @@ def test_real_ct_keeps_its_bits(real_data, tmp_path):
 
 def test_real_jpegs_split_by_group(real_data, tmp_path):
     folder = real_data / "brain_mri_t1ce_3class"
-    rows = table(folder, folder / "labels.csv", "label", "path", patient_column="pseudo_group", accepts=is_raster)
+    rows = table(folder, folder / "labels.csv", "label", "path", patient_column="pseudo_group", accepts=is_raster).rows
     summary = prepare(rows, tmp_path / "data", replace(OPTIONS, duplicates="drop"), SALT, "test")
     assert sum(summary["images"].values()) + summary["duplicates_dropped"] == 406
 

@@ -106,7 +106,7 @@ def test_missing_blocks_alone_are_read(tmp_path, scans, decoded):
 def phantom_rows(source):
     return table(
         source, source / "labels.csv", "label", "file", "patient_id", mask_column="mask", accepts=lambda path: path.suffix == ".dcm"
-    )
+    ).rows
 
 
 def change_spacing(source):

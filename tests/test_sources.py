@@ -67,6 +67,17 @@ def test_folders_without_images_are_refused(tmp_path, names, message):
         image_folder(tmp_path / "scans")
 
 
+def test_images_without_a_line_are_counted_and_masks_are_none(tmp_path):
+    folder = touch(tmp_path, "1.png", "2.png", "3.png", "m/1.png")
+    labels = lines(folder, "file,label,mask", "1.png,cat,m/1.png")
+    assert table(folder, labels, "label", mask_column="mask").notes == ("2 images have no line in labels.csv and are left out",)
+    several = lines(folder, "file,mass,mask", "1.png,1,m/1.png", "2.png,-1,")
+    notes = findings_table(folder, several, ("mass",), mask_column="mask").notes
+    assert len(notes) == 2 and notes[1] == "1 images have no line in labels.csv and are left out"
+    whole = lines(folder, "file,label,mask", "1.png,cat,m/1.png", "2.png,cat,", "3.png,dog,")
+    assert table(folder, whole, "label", mask_column="mask").notes == ()
+
+
 def test_a_table_names_files_by_path_name_or_stem(tmp_path):
     folder = touch(tmp_path, "x/1.png", "y/2.png", "y/3.png", "y/4.nii.gz", "m/1.png")
     labels = lines(
@@ -77,7 +88,7 @@ def test_a_table_names_files_by_path_name_or_stem(tmp_path):
         "3,cat,p1,test,,,,,s",
         "4,dog,p2,test,,,,,s",
     )
-    rows = table(folder, labels, "label", None, "who", "fold", "mask", accepts=lambda path: path.suffix == ".png" or is_nifti(path))
+    rows = table(folder, labels, "label", None, "who", "fold", "mask", accepts=lambda path: path.suffix == ".png" or is_nifti(path)).rows
     assert [row.name for row in rows] == ["x/1.png", "y/2.png", "y/3.png", "y/4.nii.gz"]
     assert [row.findings for row in rows] == [("cat",), ("dog",), ("cat",), ("dog",)]
     assert [(row.patient, row.split) for row in rows] == [("p1", "train"), (None, "validation"), ("p1", "test"), ("p2", "test")]
@@ -335,7 +346,7 @@ def test_real_glioma_volumes(real_data):
 
 
 def test_real_chest_xrays(real_data):
-    rows = table(real_data / "chest_xray_hannover", Path("data.csv"), "projection", patient_column="patient_id")
+    rows = table(real_data / "chest_xray_hannover", Path("data.csv"), "projection", patient_column="patient_id").rows
     assert Counter(row.label for row in rows) == {"ap": 32, "pa": 24}
     assert all(row.facts.view == row.label.upper() and row.facts.sex in {"female", "male"} and row.patient for row in rows)
     assert rows[0].name == "png/fff13f3a.png" and rows[0].patient == "024e7871"
@@ -344,7 +355,7 @@ def test_real_chest_xrays(real_data):
 def test_real_brain_mri_in_folders_and_in_a_table(real_data):
     rows = image_folder(real_data / "brain_mri_4class")
     assert Counter((row.split, row.label) for row in rows)[("train", "notumor")] == 152 and len(rows) == 711
-    rows = table(real_data / "brain_mri_t1ce_3class", Path("labels.csv"), "label", patient_column="pseudo_group")
+    rows = table(real_data / "brain_mri_t1ce_3class", Path("labels.csv"), "label", patient_column="pseudo_group").rows
     assert Counter(row.label for row in rows) == {"glioma": 182, "pituitary": 126, "meningioma": 98}
 
 
@@ -412,7 +423,7 @@ def test_a_wrong_folder_in_a_table_is_named(tmp_path):
 
 def test_an_empty_split_is_left_to_be_divided(tmp_path):
     folder = touch(tmp_path, "1.png", "2.png")
-    rows = table(folder, lines(folder, "file,label,fold", "1.png,cat,test", "2.png,cat,"), "label", split_column="fold")
+    rows = table(folder, lines(folder, "file,label,fold", "1.png,cat,test", "2.png,cat,"), "label", split_column="fold").rows
     assert [row.split for row in rows] == ["test", None]
 
 

@@ -85,7 +85,7 @@ def prepare_phantom(output_dir: Path, options: PrepareOptions, source_dir: Path 
     if options.multi_label:
         rows = findings_table(source_dir, labels, ("label",), **columns).rows
     else:
-        rows = table(source_dir, labels, "label", **columns)
+        rows = table(source_dir, labels, "label", **columns).rows
     chosen = replace(
         options,
         intensity=options.intensity or Windows((PHANTOM_WINDOW,)),

@@ -65,10 +65,19 @@ def table(
     split_column: str | None = None,
     mask_column: str | None = None,
     accepts: Accepts = is_raster,
-) -> list[Row]:
+) -> Collection:
     """A row per line of the CSV `labels`, its file looked up below `folder` by path, name or stem."""
     columns = Columns((label_column,), image_column, patient_column, split_column, mask_column)
-    return join(Index(_file_rows(folder, accepts), folder), read_table(folder, labels), labels.name, columns, one_class)
+    files = _file_rows(folder, accepts)
+    rows = join(Index(files, folder), read_table(folder, labels), labels.name, columns, one_class)
+    return Collection(rows, notes=_unlisted(files, rows, len(rows), labels.name))
+
+
+def _unlisted(files: list[Row], rows: list[Row], lines: int, name: str) -> tuple[str, ...]:
+    """How many images a table of so many lines says nothing about; masks are none."""
+    masks = {row.mask for row in rows}
+    left = sum(file.files[0] not in masks for file in files) - lines
+    return (f"{left} images have no line in {name} and are left out",) if left > 0 else ()
 
 
 def findings_table(
@@ -90,11 +99,13 @@ def findings_table(
     columns = Columns(label_columns, image_column, patient_column, split_column, mask_column)
     named = len(label_columns) == 1 and holds_names(line.get(label_columns[0], "") for line in lines)
     rule = Findings(uncertain, named)
-    rows = join(Index(_file_rows(folder, accepts), folder), lines, labels.name, columns, rule)
+    files = _file_rows(folder, accepts)
+    rows = join(Index(files, folder), lines, labels.name, columns, rule)
     if not rows:
         raise InputError(f"{labels.name}: no line without an uncertain finding; --uncertain negative reads -1 and empty cells as 0")
     dropped = len(lines) - len(rows)
     notes = (f"{dropped} of {len(lines)} images left out: a finding is -1 or empty (--uncertain drop)",) if dropped else ()
+    notes += _unlisted(files, rows, len(lines), labels.name)
     return Collection(rows, None if named else label_columns, multi_label=True, notes=notes)
 
 
