@@ -98,7 +98,8 @@ def check_base(outgoing: Outgoing) -> None:
     base = read_json(outgoing.folder / INFO).get("base")
     if base is not None and base["sha256"] is not None:
         raise InputError(
-            f"{outgoing.called} holds LoRA adapters of a model on this machine, which nobody else could load: add --merge_lora"
+            f"{outgoing.called} holds LoRA adapters of a model that only this machine has: add --merge_lora (in Python, merge_lora() and "
+            "an audit of what comes out)"
         )
 
 

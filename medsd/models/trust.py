@@ -70,7 +70,7 @@ def _read(file: Path, folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except (ValueError, OSError) as error:
-        raise InputError(f"{folder}: {_shown(file, folder)} cannot be read: copy the folder again") from error
+        raise InputError(f"{folder}: {_shown(file, folder)} is damaged: copy the folder again") from error
     if not isinstance(content, dict):
         raise InputError(f"{folder}: {_shown(file, folder)} is no record of names and values: {REMEDY}")
     return content
