@@ -229,10 +229,10 @@ def floor_split(config: EvaluateConfig) -> str:
 
 def audit(evaluation: Evaluation, generated: "Features") -> None:
     """Copies of training images among the generated ones, where the data is what the pipeline was trained on."""
-    from medsd.data.dataset import load_dataset
-    from medsd.data.transforms import column, training_rows
-    from medsd.inference.auditing import Seen, audit_record, audit_rows, held_out_rows, membership_signal, no_audit
-    from medsd.inference.folder import trained_on
+    from tqdm import tqdm
+
+    from medsd.inference.auditing import Seen, membership_signal, no_audit
+    from medsd.inference.auditor import compare
     from medsd.report.images import suspects
 
     config, pipe, judged, extractor = evaluation.config, evaluation.pipe, evaluation.generated, evaluation.extractor
@@ -241,17 +241,19 @@ def audit(evaluation: Evaluation, generated: "Features") -> None:
         print(f"no audit: {why}")
         evaluation.leave_out(f"{why[0].upper()}{why[1:]}.", "audit")
         return
-    training = training_rows(load_dataset(config.dataset_name, "train"), *trained_on(Path(config.pipeline)))
-    held_out = held_out_rows(config.dataset_name)
-    samples = Seen.of(judged.batches, generated.values)
-    with looking(2 * len(training) + len(held_out)) as bar:
-        found, rate = audit_rows(extractor, samples, pipe.data, training, held_out, config.false_positive_rate, bar.update)
-    keys, told, run_folder = column(training, "key").to_pylist(), judged.told(config.seed), Path(config.pipeline)
-    evaluation.audit = audit_record(run_folder, pipe.fingerprint(), pipe.data, found, rate, generated.extractor, keys, told)
-    evaluation.audit |= membership_signal(pipe, training, held_out, config.seed)
-    material = evaluation.material
+    samples, told, drawn = Seen.of(judged.batches, generated.values), judged.told(config.seed), told_sampling(evaluation)
+    about = (Path(config.pipeline), config.dataset_name, pipe.data, pipe.fingerprint())
+    with tqdm(desc="looking for copies", unit="image") as bar:
+        made = compare(*about, extractor, samples, told, drawn, config.false_positive_rate, bar.update)
+    evaluation.audit = made.record | membership_signal(pipe, *made.rows, config.seed)
+    material, found = evaluation.material, made.found
     material.audit, material.audit_scores = evaluation.audit, (found.scores, found.held_out_scores, found.threshold)
-    material.audit_pairs = suspects(pipe, judged, found, training)
+    material.audit_pairs = suspects(pipe, judged, found, made.rows[0])
+
+
+def told_sampling(evaluation: Evaluation) -> dict[str, Any]:
+    """How the images were drawn."""
+    return sampling_of(evaluation.config).told(type(evaluation.pipe.scheduler).__name__, evaluation.generated.class_names[0])
 
 
 def reconstructions(evaluation: Evaluation) -> None:
@@ -317,8 +319,9 @@ def pictures(evaluation: Evaluation) -> None:
 
 def complete(evaluation: Evaluation) -> None:
     """What is known of the run, of how images were drawn and of a sweep, beside what was measured."""
+    from medsd.data.dataset import load_info
     from medsd.data.transforms import column
-    from medsd.hub.contents import weights_sha256
+    from medsd.hub.contents import known_sha256
     from medsd.inference.folder import training_patients
     from medsd.report.collect import read_curves, read_environment, read_sweep, run_facts
 
@@ -328,13 +331,12 @@ def complete(evaluation: Evaluation) -> None:
         evaluation.leave_out("The data that the pipeline was trained on is not where it was.", "n_training_patients")
     else:
         evaluation.metrics["n_training_patients"] = len(seen & shown)
-    guidance, scheduler = sampling_of(config).guidance_of(evaluation.generated.class_names[0]), type(pipe.scheduler).__name__
-    sampling = {"num_inference_steps": config.num_inference_steps, "guidance_scale": guidance, "scheduler": scheduler, "seed": config.seed}
-    evaluation.metrics["sampling"] = sampling
-    evaluation.metrics["weights_sha256"] = weights_sha256(run_folder) if run_folder.is_dir() else None
-    drawn = f"{config.num_inference_steps} steps of {scheduler}, guidance {guidance:g}, seed {config.seed}"
+    drawn, data = told_sampling(evaluation), load_info(config.dataset_name).fingerprint
+    evaluation.metrics |= {"sampling": drawn, "split": config.split, "data": data}
+    evaluation.metrics["weights_sha256"] = known_sha256(run_folder)
+    said = "{num_inference_steps} steps of {scheduler}, guidance {guidance_scale:g}, seed {seed}".format(**drawn)
     material.metrics = evaluation.metrics
-    material.facts = run_facts(pipe, run_folder, config.dataset_name) | {"Generated with": drawn}
+    material.facts = run_facts(pipe, run_folder, config.dataset_name) | {"Generated with": said}
     material.curves, material.environment = read_curves(run_folder), read_environment(run_folder)
     material.sweep = read_sweep(Path(config.sweep), config.dataset_name)
     if not material.sweep and Path(config.sweep).is_dir():
@@ -345,6 +347,7 @@ def finish(evaluation: Evaluation) -> None:
     """Write the folder of the report, and the audit into the pipeline's folder too; say what matters."""
     import shutil
 
+    from medsd.hub.contents import known_sha256
     from medsd.inference.auditing import replaces
     from medsd.output import replacing, write_text
     from medsd.report.page import write_report
@@ -362,7 +365,7 @@ def finish(evaluation: Evaluation) -> None:
             write_text(run_folder / "audit.json", audited)
         else:
             print(f"{run_folder / 'audit.json'} stays: it is of more samples, or failed with as many; look again with more --num_samples")
-    if (run_folder / "medsd.json").is_file():
+    if known_sha256(run_folder) and evaluation.audit is not None:
         write_card(run_folder, evaluation.config.dataset_name, Path(evaluation.config.output_dir))
     shutil.rmtree(evaluation.generated.gallery.work, ignore_errors=True)
     say(evaluation)

@@ -46,7 +46,7 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     from medsd.data.transforms import training_rows
     from medsd.output import check_output
     from medsd.runtime import quiet_libraries
-    from medsd.training.pushing import Destination, hand_over
+    from medsd.training.pushing import Destination, check_destination, hand_over
     from medsd.training.record import RunRecord
     from medsd.training.setup import build_accelerator, check_launch, choose_checkpoint, eight_bit_adam
 
@@ -60,7 +60,14 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     check_launch(accelerator, config.auto_batch_size, may_shard=True)
     with accelerator.main_process_first():
         info = data_info(config)
+    destination = Destination(**config.destination()) if config.push_to_hub else None
+    if destination is not None and accelerator.is_main_process:
+        check_destination(destination, info, config.dataset_name)
     pipe = build_pipeline(config, info)
+    if destination is not None and pipe.info.base is not None and pipe.info.base.sha256 is not None:
+        raise InputError(
+            "--push_to_hub: LoRA adapters of a local model are of no use to others; train without it, then push.py --merge_lora"
+        )
     if config.use_8bit_adam:
         eight_bit_adam()
     rows = training_rows(load_dataset(config.dataset_name, "train"), *config.subset)
@@ -68,7 +75,7 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     record = RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard")
     with record, guard.watching_memory():
         loop = train(config, accelerator, pipe, rows, source, record, guard, checkpoint)
-    hand_over(accelerator, loop, config.dataset_name, Destination(**config.destination()) if config.push_to_hub else None)
+    hand_over(accelerator, loop, config.dataset_name, destination)
     folder, data = shlex.quote(str(output_dir)), shlex.quote(config.dataset_name)
     scores, images = (shlex.quote(str(output_dir.with_name(name))) for name in ("scores", "images"))
     commands = [f"python recipes/generate.py --pipeline {folder} --output_dir {images}"]

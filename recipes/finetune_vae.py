@@ -56,7 +56,7 @@ def fine_tune(config: FinetuneVAEConfig, guard: "Guard") -> None:
     from medsd.models.unet import enable_xformers
     from medsd.output import check_output
     from medsd.runtime import quiet_libraries
-    from medsd.training.pushing import Destination, hand_over
+    from medsd.training.pushing import Destination, check_destination, hand_over
     from medsd.training.record import RunRecord
     from medsd.training.setup import build_accelerator, check_launch, choose_checkpoint, eight_bit_adam
 
@@ -70,6 +70,9 @@ def fine_tune(config: FinetuneVAEConfig, guard: "Guard") -> None:
     with accelerator.main_process_first():
         prepare_default(config.dataset_name, FinetuneVAEConfig().dataset_name)
     info = at_resolution(load_info(config.dataset_name), config.resolution)
+    destination = Destination(**config.destination()) if config.push_to_hub else None
+    if destination is not None and accelerator.is_main_process:
+        check_destination(destination, info, config.dataset_name)
     vae = build_autoencoder(config, info)
     codec = codec_of(vae, info.channels)
     codec.check_side(info.resolution)
@@ -84,7 +87,7 @@ def fine_tune(config: FinetuneVAEConfig, guard: "Guard") -> None:
     record = RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard")
     with record, guard.watching_memory():
         loop = train(config, accelerator, codec, info, distance, record, guard, checkpoint)
-    hand_over(accelerator, loop, config.dataset_name, Destination(**config.destination()) if config.push_to_hub else None)
+    hand_over(accelerator, loop, config.dataset_name, destination)
     folder, data, unet = (shlex.quote(str(path)) for path in (output_dir, config.dataset_name, output_dir.with_name("unet")))
     accelerator.print(f"next: accelerate launch recipes/finetune_unet.py --vae {folder} --dataset_name {data} --output_dir {unet}")
 
@@ -272,6 +275,7 @@ def save(config: FinetuneVAEConfig, codec: "LearnedCodec", adapters: Any, info: 
 
 def report(config: FinetuneVAEConfig, codec: "LearnedCodec", info: "DataInfo", images: "Tensor", folder: Path) -> None:
     """What the autoencoder in `folder` makes of held-out images; the linear codec to compare with is fitted on images `(N, C, H, W)`."""
+    from medsd.hub.contents import weights_sha256
     from medsd.models.autoencoders import load_vae
     from medsd.models.codec import codec_of
     from medsd.output import write_text
@@ -280,7 +284,7 @@ def report(config: FinetuneVAEConfig, codec: "LearnedCodec", info: "DataInfo", i
     final = codec_of(load_vae(str(folder)).to(codec.vae.device), codec.image_channels)
     held_out = HeldOutImages.load(config.dataset_name, info, HELD_OUT_IMAGES)
     again = held_out.reconstructed(final)
-    numbers = full_numbers(held_out, again, final, images)
+    numbers = full_numbers(held_out, again, final, images) | {"weights_sha256": weights_sha256(folder)}
     write_text(folder / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     sheet(held_out, again, numbers).save(folder / "reconstructions.png")
     print(f"autoencoder in {folder}, pictures in {folder / 'reconstructions.png'}", *described(numbers), sep="\n  ")

@@ -15,7 +15,7 @@ from medsd.config import PushConfig
 from medsd.errors import InputError
 
 if TYPE_CHECKING:
-    from medsd.hub.model import Outgoing
+    from medsd.hub.gate import Outgoing
 
 
 def main(config: PushConfig) -> None:
@@ -35,7 +35,7 @@ def main(config: PushConfig) -> None:
 def prepare(config: PushConfig) -> "Outgoing":
     """What is to be pushed: merged and audited first where that is asked for."""
     from medsd.hub.contents import kind_of
-    from medsd.hub.model import Outgoing
+    from medsd.hub.gate import Outgoing
     from medsd.inference.auditor import audit_folder
     from medsd.inference.folder import data_of, read_info
     from medsd.runtime import start_processes

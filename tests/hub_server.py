@@ -25,13 +25,16 @@ from fastapi import FastAPI, Request, Response
 LFS = re.compile(r".*\.(parquet|safetensors|bin|png)")
 USER = {"type": "user", "name": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz"
+FIRST = "f" * 40
+"""The commit with which a repository is made."""
+EMPTY = {".gitattributes": b""}
 KINDS = {"dataset": "datasets", "model": "models", "space": "spaces"}
 
 
 @dataclass
 class Repository:
     private: bool
-    branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {".gitattributes": b""}})
+    branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": dict(EMPTY)})
     commits: list[list[str]] = field(default_factory=list)
     """Paths that each commit added, in their order."""
     variables: dict[str, str] = field(default_factory=dict)
@@ -225,13 +228,19 @@ def application(server):
         repository.variables[wanted["key"]] = wanted["value"]
         return {key: {"key": key, "value": value} for key, value in repository.variables.items()}
 
+    @app.get("/api/{kind}/{user}/{name}/commits/{revision:path}")
+    def commits(kind: str, user: str, name: str, revision: str):
+        dated = {"date": "2026-01-01T00:00:00.000Z", "authors": [], "title": "a commit", "message": ""}
+        return [{"id": sha} | dated for sha in (found(kind, f"{user}/{name}").sha(revision), FIRST)]
+
     @app.post("/api/{kind}/{user}/{name}/branch/{revision:path}")
-    async def branch(kind: str, user: str, name: str, revision: str):
-        repository = found(kind, f"{user}/{name}")
+    async def branch(kind: str, user: str, name: str, revision: str, request: Request):
+        repository, asked = found(kind, f"{user}/{name}"), json.loads(await body(request) or "{}")
         if repository is None:
             return refusal("RepoNotFound")
         known = revision in repository.branches
-        repository.branches.setdefault(revision, dict(repository.files))
+        start = EMPTY if asked.get("startingPoint") == FIRST else repository.files
+        repository.branches.setdefault(revision, dict(start))
         return Response("{}", 409 if known else 200)
 
     @app.post("/api/{kind}/{user}/{name}/preupload/{revision:path}")

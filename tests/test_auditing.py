@@ -90,6 +90,7 @@ def test_planted_training_images_fail_the_audit_of_a_folder(pipe, phantom_data, 
         "unet sha256:0",
         keys,
         [{"class": None, "index": i} for i in range(12)],
+        {"num_inference_steps": 30},
     )
     assert record["verdict"] == "failed" and record["weights_sha256"] == weights_sha256(tmp_path / "unet")
     assert record["flagged_samples"][3]["nearest"] == keys[3] and json.dumps(record)
@@ -153,12 +154,16 @@ def test_images_are_judged_in_the_pipeline_s_classes(pipe, phantom_data, tmp_pat
 
 
 def test_an_audit_of_fewer_samples_replaces_none_of_more(tmp_path):
-    audit = {"weights_sha256": "a", "samples": 48, "verdict": "passed"}
+    sampling = {"num_inference_steps": 30}
+    audit = {"weights_sha256": "a", "samples": 48, "held_out": 48, "verdict": "passed", "sampling": sampling}
     assert replaces(audit, tmp_path)
     (tmp_path / "audit.json").write_text(json.dumps(audit))
     assert replaces(audit, tmp_path) and not replaces(audit | {"samples": 12}, tmp_path)
     assert replaces(audit | {"samples": 12, "verdict": "failed"}, tmp_path)
     assert replaces(audit | {"samples": 12, "weights_sha256": "b"}, tmp_path)
+    assert not replaces(audit | {"samples": 99, "sampling": {"num_inference_steps": 1}}, tmp_path), "an audit of noise"
+    (tmp_path / "audit.json").write_text(json.dumps({"weights_sha256": "a", "samples": 99, "held_out": 48, "verdict": "passed"}))
+    assert replaces(audit, tmp_path), "an older medsd did not say how images were drawn"
     (tmp_path / "audit.json").write_text(json.dumps(audit | {"verdict": "failed"}))
     assert not replaces(audit, tmp_path) and replaces(audit | {"samples": 49}, tmp_path)
 

@@ -9,7 +9,8 @@ from huggingface_hub.utils import _http
 
 from medsd.errors import InputError
 from medsd.hub import upload as uploading
-from medsd.hub.upload import Target, redacted, upload
+from medsd.hub.privacy import stamps
+from medsd.hub.upload import Target, redacted, stated_licence, upload
 from tests.hub_server import TOKEN, Fault, hub
 
 CARD = b"---\ntags:\n- medical\n---\n# heads\n"
@@ -53,11 +54,11 @@ PASSING = {
     "one thing after the other": [Fault(CREATE, 503), Fault(PUT, "drop"), Fault(COMMIT, 412), Fault(COMMIT, "drop")],
 }
 LASTING = {
-    "errors for ever": ([Fault(COMMIT, 500, FOR_EVER)], "it answered 500 6 times; the same command goes on"),
-    "busy for ever": ([Fault(PREUPLOAD, 429, FOR_EVER)], "it answered 429 6 times"),
-    "never a whole file": ([Fault(PUT, "drop", FOR_EVER)], "the same command goes on"),
-    "never a commit": ([Fault(COMMIT, "drop", FOR_EVER)], "the same command goes on"),
-    "the second file is never taken": ([Fault(PUT, 500, FOR_EVER, after=1)], "it answered 500 6 times"),
+    "errors for ever": ([Fault(COMMIT, 500, FOR_EVER)], "the Hub answered 500 6 times; the same push goes on"),
+    "busy for ever": ([Fault(PREUPLOAD, 429, FOR_EVER)], "the Hub answered 429 6 times"),
+    "never a whole file": ([Fault(PUT, "drop", FOR_EVER)], "the way to the Hub broke 6 times .*the same push goes on"),
+    "never a commit": ([Fault(COMMIT, "drop", FOR_EVER)], "the way to the Hub broke 6 times .*the same push goes on"),
+    "the second file is never taken": ([Fault(PUT, 500, FOR_EVER, after=1)], "the Hub answered 500 6 times"),
     "an expired token": ([Fault(CREATE, 401, FOR_EVER)], "does not know this token, or it has expired; `hf auth login`"),
     "a token that expires on the way": ([Fault(COMMIT, 401, FOR_EVER)], "does not know this token"),
     "a token that may only read": ([Fault(COMMIT, 403, FOR_EVER)], "this token may not write there"),
@@ -143,7 +144,7 @@ def test_what_was_there_before_stays_whole(server, name):
 
 def test_a_push_that_was_cut_off_goes_on_where_it_stopped(server):
     server.faults[:] = [Fault(COMMIT, 500, FOR_EVER)]
-    refused("it answered 500")
+    refused("the Hub answered 500")
     sent = [request for request in server.requests if request.startswith("PUT")]
     assert len(sent) == 2
     server.faults.clear()
@@ -184,11 +185,48 @@ def test_no_repository_name(name):
 
 def test_nobody_is_there(server, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    refused("the same command goes on")
+    refused("the way to the Hub broke 6 times .*the same push goes on")
 
 
-def test_a_file_that_is_gone_meanwhile(tmp_path):
-    assert "is not a file" in refused("the Hub took nothing", parcel={"unet/model.safetensors": tmp_path / "gone"})
+@pytest.mark.parametrize("change", ["other weights", "gone"])
+def test_a_file_that_changed_since_it_was_looked_through(server, tmp_path, change):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    parcel = PARCEL | {"unet/model.safetensors": file}
+    before = stamps(parcel)
+    file.unlink() if change == "gone" else file.write_bytes(b"others!")
+    with pytest.raises(InputError, match=r"unet/model\.safetensors has changed since it was looked through"):
+        upload(parcel, Target("user/x"), lambda path: False, "Upload", before)
+    assert visible(server) == {}
+
+
+@pytest.mark.parametrize("error", [ConnectionError("reset"), TimeoutError("too slow"), RuntimeError("xet: broken")])
+def test_what_other_ways_of_sending_raise_is_tried_again(server, monkeypatch, error):
+    """The Hub's own storage is reached by a client that raises errors of its own."""
+    tries, commit = [], uploading._commit
+
+    def broken(*arguments):
+        tries.append(1)
+        if len(tries) < 3:
+            raise error
+        return commit(*arguments)
+
+    monkeypatch.setattr(uploading, "_commit", broken)
+    send()
+    assert len(tries) == 3 and visible(server) == PARCEL
+
+
+def test_a_licence_that_was_stated_stays(server):
+    assert stated_licence(Target("user/x")) is None
+    send(PARCEL | {"README.md": b"---\nlicense: cc-by-nc-4.0\n---\n"})
+    assert stated_licence(Target("user/x")) == "cc-by-nc-4.0"
+
+
+def test_a_branch_that_fails_says_nothing_of_itself(server):
+    send()
+    server.faults[:] = [Fault(r"POST .*/commit/checkpoint", 500, FOR_EVER)]
+    refused("answered 500", revision="checkpoint-1")
+    assert set(server.repositories["models/user/x"].branches["checkpoint-1"]) == {".gitattributes"}
 
 
 def test_a_card_that_the_hub_does_not_take(server):

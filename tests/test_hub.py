@@ -98,7 +98,9 @@ def test_the_card_says_what_it_is(data):
     assert "| epidural | a head CT with &lt;epidural> |" in card and "- `patient_id`: salted hash" in card
 
 
-@pytest.mark.parametrize(("column", "kind"), [("patient", "patient's id"), ("sop_uid", "SOP instance UID"), ("file", "file name")])
+@pytest.mark.parametrize(
+    ("column", "kind"), [("patient", "patient's id"), ("sop_uid", "SOP instance UID"), ("file", "name of a file or folder")]
+)
 def test_a_planted_identity_is_refused(data, column, kind):
     check_privacy(data, parcel_of(data, REPO))
     secret = secret_of(data, column)
@@ -131,14 +133,15 @@ def test_identities_are_found_in_hash_columns_names_metadata_and_texts(data):
 
 def test_what_counts_as_an_identity(tmp_path):
     columns = {
-        "file": ["a/0001.png", "b/0001.png", "a/Doe-7.nii.gz", "b/glioma.png"],
+        "file": ["a/0001.png", "b/0001.png", "a/Doe-7.nii.gz", "Doe_Jane/b/glioma.png"],
         "patient": ["Ab12", "cd34", "Ab12", "cafe0123deadbeef"],
         "sop_uid": [None, None, None, "1.2"],
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "keys.parquet")
     secrets = Secrets.read(tmp_path / "keys.parquet", ["glioma"])
     assert secrets.kind_in("scan of AB12, left") == "patient's id" and secrets.kind_in("xab12y") is None
-    assert secrets.kind_in("cafe0123deadbeef") == "patient's id" and secrets.kind_in("see doe-7!") == "file name"
+    assert secrets.kind_in("cafe0123deadbeef") == "patient's id" and secrets.kind_in("see doe-7!") == "name of a file or folder"
+    assert secrets.kind_in("of doe_jane") == "name of a file or folder"
     for harmless in ("0001", "glioma", "1.2", "00ab1200cd340000", "train-00001-of-00002.parquet"):
         assert secrets.kind_in(harmless) is None
 
@@ -164,7 +167,7 @@ def test_nothing_is_pushed_unseen(data):
 
 
 def test_a_hub_that_cannot_be_reached_is_said_in_one_line(data):
-    for repository, message in {"user/heads": "the Hub took nothing", "no/such/name": "is no repository name"}.items():
+    for repository, message in {"user/heads": "HF_HUB_OFFLINE forbids it", "no/such/name": "is no repository name"}.items():
         with pytest.raises(InputError, match=message):
             push_dataset(data, repository)
 

@@ -20,7 +20,8 @@ from medsd.data.dataset import DataInfo
 from medsd.data.hypotheses import Hypotheses
 from medsd.errors import InputError
 from medsd.hub.contents import INFO_KEYS, collect, weights_sha256
-from medsd.hub.model import Outgoing, parcel
+from medsd.hub.gate import Outgoing
+from medsd.hub.model import parcel
 from medsd.hub.standalone import in_one_file, pipeline_source
 from medsd.inference.auditor import audit_folder
 from medsd.inference.calibration import Calibration
@@ -37,7 +38,7 @@ CPU = torch.device("cpu")
 def run(phantom_data, tmp_path_factory):
     """A pixel run, audited."""
     folder = train(phantom_data, tmp_path_factory.mktemp("push") / "unet")
-    audit_folder(folder, str(phantom_data), 12, CPU)
+    audit_folder(folder, str(phantom_data), 64, CPU)
     return folder
 
 
@@ -91,7 +92,7 @@ def test_weights_without_an_audit_stay(copied, phantom_data):
     passed(copied)
     weights = load_file(copied / "unet" / "diffusion_pytorch_model.safetensors")
     save_file({name: value * 1.5 for name, value in weights.items()}, copied / "unet" / "diffusion_pytorch_model.safetensors")
-    command = rf"its audit\.json is of other weights.*Type python recipes/evaluate\.py --pipeline {copied} --dataset_name {phantom_data}"
+    command = rf"its audit\.json is of other weights.*Type python recipes/push\.py --pipeline {copied} .*--audit_samples 256"
     with pytest.raises(InputError, match=command):
         parcel(Outgoing(copied, phantom_data), "user/heads")
     (copied / "audit.json").unlink()
@@ -111,7 +112,7 @@ def test_a_failed_audit_closes_the_gate(copied, phantom_data):
 def test_an_audit_that_failed_is_not_replaced_by_a_luckier_one(copied, phantom_data):
     record = json.loads((copied / "audit.json").read_text()) | {"verdict": "failed"}
     (copied / "audit.json").write_text(json.dumps(record))
-    audit_folder(copied, str(phantom_data), 12, CPU, seed=7)
+    audit_folder(copied, str(phantom_data), 64, CPU, seed=7)
     assert json.loads((copied / "audit.json").read_text())["verdict"] == "failed"
 
 
@@ -169,15 +170,15 @@ def test_data_must_be_what_it_was_trained_on(copied, phantom_data, tmp_path):
 def test_an_autoencoder_is_audited_by_its_reconstructions(vae, phantom_data):
     with pytest.raises(InputError, match=r"Type python recipes/push\.py .*--audit_samples 256"):
         parcel(Outgoing(vae, phantom_data), "user/vae")
-    record = audit_folder(vae, str(phantom_data), 24, CPU)
-    assert record["samples"] == 24 and record["copies"] == 0 and 0 <= record["membership_auroc"] <= 1
+    record = audit_folder(vae, str(phantom_data), 64, CPU)
+    assert record["samples"] == 54 and record["copies"] == 0 and 0 <= record["membership_auroc"] <= 1
     assert record["weights_sha256"] == weights_sha256(vae) and record["extractor"].startswith("codec")
     passed(vae)
     found = parcel(Outgoing(vae, phantom_data), "user/vae")
     assert "reconstructions.png" not in found and "diffusion_pytorch_model.safetensors" in found
     card = text_of(found["README.md"])
     psnr = json.loads((vae / "metrics.json").read_text())["psnr"]
-    assert f"| PSNR, decibels | {psnr:.3f} |" in card and "24 reconstructions of held-out images" in card
+    assert f"| PSNR, decibels | {psnr:.3f} |" in card and "54 reconstructions of held-out images" in card
     assert "AutoencoderKL.from_pretrained" in card and card_errors(card, "model") == []
 
 
@@ -197,24 +198,32 @@ def test_the_card_says_what_the_records_say(copied, phantom_data, tmp_path):
     passed(copied)
     report = tmp_path / "report"
     (report / "figures").mkdir(parents=True)
-    metrics = {"weights_sha256": weights_sha256(copied), "n": 36, "n_real": 36, "n_generated": 12, "extractor": "unet sha256:0"}
+    metrics = {
+        "weights_sha256": weights_sha256(copied),
+        "split": "test",
+        "n": 36,
+        "n_real": 36,
+        "n_generated": 12,
+        "extractor": "unet sha256:0",
+    }
     metrics |= {"auroc": 0.8765432, "auroc_ci": [0.7, 0.91234], "ece": 0.0412, "ece_floor": 0.031, "nll": 0.5, "balanced_accuracy": 0.75}
     metrics |= {"fid": 27.86126, "fid_ci": [13.5, 45.5], "fid_floor": 1.626, "kid": 0.1, "auroc/epidural": 0.9, "calibrated": True}
-    row = {"column": "sex", "value": "F", "n": 20, "patients": 9, "auroc": 0.85, "auroc_ci": [0.6, 0.95], "nll": None}
-    metrics["subgroups"] = [row | dict.fromkeys(("balanced_accuracy", "ece"))]
+    row = {"column": "sex", "value": "F", "n": 20, "patients": 12, "auroc": 0.85, "auroc_ci": [0.6, 0.95], "nll": None}
+    metrics["subgroups"] = [row | dict.fromkeys(("balanced_accuracy", "ece")), row | {"value": "M", "patients": 3}]
     (report / "metrics.json").write_text(json.dumps(metrics))
     for name in ("generated", "real", "audit_pairs", "roc"):
         shutil.copy(copied / "preview.png", report / "figures" / f"{name}.png")
     found = parcel(Outgoing(copied, phantom_data, report, "cc-by-nc-4.0"), "user/heads")
     assert {"figures/generated.png", "figures/roc.png"} == {path for path in found if path.startswith("figures/")}
     card = text_of(found["README.md"])
+    assert "| sex | M |" not in card and len(json.loads(text_of(found["metrics.json"]))["subgroups"]) == 1
     assert card_errors(card, "model") == [] and front_of(card.encode())["license"] == "cc-by-nc-4.0"
     parsed = ModelCard(card)
     assert ModelCard(str(parsed)).data.to_dict() == parsed.data.to_dict()
     values = {result.metric_name: result.metric_value for result in parsed.data.eval_results}
     assert values == {name: metrics[name] for name in ("auroc", "balanced_accuracy", "ece", "nll", "fid", "kid")}
     assert "| AUROC | 0.877 [0.700, 0.912] |" in card and "| FID | 27.861 [13.500, 45.500] | 1.626 |" in card
-    assert "| sex | F | 20 | 9 | 0.850 [0.600, 0.950] |  |  |  |" in card and "| epidural | 0.900 |" in card
+    assert "| sex | F | 20 | 12 | 0.850 [0.600, 0.950] |  |  |  |" in card and "| epidural | 0.900 |" in card
     assert known_numbers(card) <= rounded(metrics, json.loads((copied / "audit.json").read_text()))
 
 
@@ -247,7 +256,7 @@ def test_a_report_of_other_weights_stays(copied, phantom_data, tmp_path, capsys)
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "metrics.json").write_text(json.dumps({"auroc": 0.9, "weights_sha256": "0"}))
     assert "metrics.json" not in parcel(Outgoing(copied, phantom_data, tmp_path / "report"), "user/heads")
-    assert "no report of these weights" in capsys.readouterr().out
+    assert "which is of other weights" in capsys.readouterr().out
 
 
 def test_a_run_ends_with_its_card(run, phantom_data):
@@ -257,11 +266,11 @@ def test_a_run_ends_with_its_card(run, phantom_data):
 
 def test_adapters_of_a_local_base_are_refused_and_merged(run, phantom_data, tmp_path, capsys):
     lora = train(phantom_data, tmp_path / "lora", pretrained_model_name_or_path=str(run), rank=2)
-    with pytest.raises(InputError, match="add --merge_lora"):
+    with pytest.raises(InputError, match="--merge_lora"):
         push.main(PushConfig(pipeline=str(lora)))
-    push.main(PushConfig(pipeline=str(lora), merge_lora=True, audit_samples=12, dry_run=True))
+    push.main(PushConfig(pipeline=str(lora), merge_lora=True, audit_samples=64, dry_run=True))
     shown = capsys.readouterr().out
-    assert "unet/diffusion_pytorch_model.safetensors" in shown and "12 generated images were compared" in shown
+    assert "unet/diffusion_pytorch_model.safetensors" in shown and "generated images, drawn in 30 steps, were compared" in shown
     merged, pipe = MedSDPipeline.from_pretrained(tmp_path / "lora_merged"), MedSDPipeline.from_pretrained(lora)
     images = [torch.randint(0, 80, (1, 32, 32)).numpy().astype("int16")]
     ours, theirs = (some.classify(images, mode="full", max_pairs=4).log_likelihoods for some in (pipe, merged))

@@ -16,7 +16,7 @@ from tests.hub_server import TOKEN, Repository, card_errors, hub
 from tests.test_pipeline import pipeline, small_vae
 
 QUICK = ["--max_train_steps", "2", "--validation_steps", "0", "--checkpointing_steps", "1", "--train_batch_size", "4"]
-QUICK += ["--report_to", "none", "--audit_samples", "12"]
+QUICK += ["--report_to", "none", "--audit_samples", "64"]
 TRAIN = """
 import sys
 from accelerate.state import AcceleratorState, GradientState

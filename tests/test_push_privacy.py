@@ -56,7 +56,7 @@ def test_a_hub_receives_no_planted_identity_and_no_path(tmp_path):
         said += run("finetune_unet.py", "--dataset_name", data, "--output_dir", unet, *FEW, "--vae", vae)
         said += run("classify.py", "--pipeline", unet, "--dataset_name", data, "--output_dir", scores, "--max_pairs", "2")
         judged = ["--pipeline", unet, "--dataset_name", data, "--scores", scores, "--output_dir", report]
-        said += run("evaluate.py", *judged, "--num_samples", "8", "--num_inference_steps", "2")
+        said += run("evaluate.py", *judged, "--num_samples", "64", "--num_inference_steps", "20")
         said += run("push.py", "--pipeline", unet, "--report", report, "--hub_model_id", "user/unet")
         planted = [*planter.texts, *planter.names]
         assert len(set(planted)) >= 200 and len(server.repositories) == 3

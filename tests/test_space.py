@@ -9,7 +9,7 @@ import pytest
 from medsd.errors import InputError
 from medsd.hub.space import push_space
 from tests.conftest import REPOSITORY
-from tests.hub_server import card_errors, front_of
+from tests.hub_server import TOKEN, Fault, card_errors, front_of
 from tests.test_faults import client, server
 
 __all__ = ["client", "server"]
@@ -46,6 +46,20 @@ def test_a_second_push_brings_it_up_to_date(server, client):
     push_space(APP, "user/others", "user/page")
     space = server.repositories["spaces/user/page"]
     assert "medsd/gone.py" not in space.files and space.variables == {"MEDSD_PIPELINE": "user/others"}
+
+
+def test_a_page_with_a_token_is_refused(server, client, tmp_path):
+    (tmp_path / "app.py").write_text(f'TOKEN = "{TOKEN}"')
+    with pytest.raises(InputError, match=r"app\.py holds a token of the Hub"):
+        push_space(tmp_path / "app.py", "user/heads", "user/page")
+    assert not server.repositories
+
+
+def test_a_space_without_its_pipeline_is_not_seen(server, client):
+    server.faults.append(Fault("POST .*/variables", 403, 100))
+    with pytest.raises(InputError, match="may not write there"):
+        push_space(APP, "user/heads", "user/page")
+    assert "app.py" not in server.repositories["spaces/user/page"].files
 
 
 def test_a_pipeline_of_this_machine_is_refused(server, client, tmp_path):

@@ -33,11 +33,15 @@ class PushConfig(RecipeConfig):
     """Audit first, with so many images. Default: go by the audit.json that is there."""
     skip_audit: bool = False
     """Push without an audit; the card says so."""
+    confirm_public_data: bool = False
+    """Say that the training images may be public; needed where nobody audited the model and the Hub repository is public."""
     dry_run: bool = False
     """Say what would be sent, and send nothing: also what happens without --hub_model_id."""
 
     def check(self) -> None:
         """And the rules of this recipe."""
         super().check()
+        if self.skip_audit and not self.hub_private_repo and not self.confirm_public_data:
+            raise InputError("a model that nobody audited can show patients: a public repository for it needs --confirm_public_data")
         if self.skip_audit and self.audit_samples is not None:
             raise InputError("--skip_audit and --audit_samples exclude each other: drop one")

@@ -6,10 +6,10 @@ training. A record that is not there leaves its section out.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from medsd.hub.contents import EMBEDS, Kind
+from medsd.hub.facts import Facts
+from medsd.hub.loading import loading
 from medsd.hub.markdown import cell, table
 
 CLASSIFIER = {
@@ -41,65 +41,11 @@ SPLITS = ("train", "validation", "test")
 UNAUDITED = "**Not audited for copies of training images.** It may reproduce images of patients: do not make it public."
 UNCALIBRATED = "**Not calibrated: the order of classes counts, not their probabilities.**"
 HOLDS = {
-    "pipeline": "a diffusion model that generates medical images by class and scores how likely each class is for an image",
-    "lora": "LoRA adapters and class tokens for a diffusion model, which generates medical images by class and scores their likelihoods",
+    "pipeline": "a diffusion model that generates medical images",
+    "lora": "LoRA adapters and class tokens for a diffusion model, which generates medical images",
     "autoencoder": "an autoencoder of medical images, for diffusion models in its latents",
 }
-
-LOADING = {
-    "StableDiffusionPipeline": """from diffusers import StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained("{name}")
-""",
-    "MedSDPipeline": """from diffusers import DiffusionPipeline  # runs pipeline.py of this repository: read it first
-
-pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
-""",
-    "lora": """from diffusers import StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained("{base}")
-pipe.load_lora_weights("{name}", weight_name="pytorch_lora_weights.safetensors")
-""",
-    "autoencoder": """from diffusers import {class_name}
-
-vae = {class_name}.from_pretrained("{name}")
-""",
-}
-"""In plain diffusers, by what `Facts.class_name` says."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a model that is to be pushed."""
-
-    name: str
-    """`user/name`, or a folder's."""
-    kind: Kind
-    class_name: str
-    """Of diffusers or medsd, that loads it."""
-    info: Mapping[str, Any]
-    """Its `medsd.json`."""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """Flags of its training."""
-    summary: Mapping[str, Any] = field(default_factory=dict)
-    """Of its data."""
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    audit: Mapping[str, Any] | None = None
-    """None where it was skipped."""
-    base: str | None = None
-    """Hub id of the model that training started from."""
-    licence: str | None = None
-    data: str | None = None
-    """Hub id of its data."""
-    figures: tuple[str, ...] = ()
-    """Paths in the repository."""
-    checkpoint: int | None = None
-    """Updates of a model that had not finished its training."""
-
-    @property
-    def of_data(self) -> Mapping[str, Any]:
-        """What `medsd.json` says of the data; empty for a foreign model."""
-        return self.info.get("data") or {}
+SCORES = " by class, and scores how likely each class is for an image"
 
 
 def model_card(facts: Facts) -> str:
@@ -118,8 +64,8 @@ def model_card(facts: Facts) -> str:
         "By class": _classes(facts),
         "By subgroup": _subgroups(facts.metrics),
         "Copies of training images": _audit(facts),
-        "Loading": _loading(facts),
-        "Citation": _citation(),
+        "Loading": loading(facts),
+        "Citation": _citation(facts),
     }
     body = "\n\n".join((f"## {heading}\n\n" if heading else f"# {title}\n\n") + text for heading, text in sections.items() if text)
     return f"---\n{_front_matter(facts)}---\n\n{body}\n"
@@ -133,7 +79,7 @@ def _front_matter(facts: Facts) -> str:
             task_type=task,
             dataset_type=facts.data or "medsd",
             dataset_name=facts.data or "prepared by medsd",
-            dataset_split="test",
+            dataset_split=facts.metrics.get("split"),
             metric_type=HUB_METRICS.get(name, name),
             metric_name=name,
             metric_value=facts.metrics[name],
@@ -144,12 +90,14 @@ def _front_matter(facts: Facts) -> str:
     ]
     licence = {"license": facts.licence} if facts.licence else {"license": "other", "license_name": "not-stated"}
     tags = ["medical", "medsd", "diffusers", *(["lora"] if facts.kind == "lora" else [])]
-    tags += ["diffusion-classifier"] if len(facts.of_data.get("class_names", ())) > 1 and facts.kind != "autoencoder" else []
+    tags += ["diffusion-classifier"] if len(facts.classes) > 1 else []
+    task = "text-to-image" if facts.classes or not facts.of_data else "unconditional-image-generation"
     content = ModelCardData(
         library_name="diffusers",
-        pipeline_tag=None if facts.kind == "autoencoder" else "text-to-image",
+        pipeline_tag=None if facts.kind == "autoencoder" else task,
         tags=tags,
-        base_model=facts.base,
+        base_model=facts.base and facts.base[0],
+        base_model_relation=facts.base and ("adapter" if facts.kind == "lora" else "finetune"),
         datasets=[facts.data] if facts.data else None,
         **({"model_name": facts.name.split("/")[-1], "eval_results": results} if results else {}),
         **licence,
@@ -159,14 +107,15 @@ def _front_matter(facts: Facts) -> str:
 
 def _what(facts: Facts) -> str:
     data = facts.of_data
-    lines = [f"This is {HOLDS[facts.kind]}, made with medsd."]
+    lines = [f"This is {HOLDS[facts.kind]}{SCORES if len(facts.classes) > 1 else ''}, made with medsd."]
     if data:
-        classes = ", ".join(cell(name) for name in data["class_names"])
+        classes = ", ".join(map(cell, facts.classes))
         lines.append(
             f"Images: {data['resolution']} x {data['resolution']} px, {data['image_channels']} channel(s), {cell(data['unit'])}."
-            + (f" Classes: {classes}." if classes and facts.kind != "autoencoder" else "")
+            + (f" Classes: {classes}." if classes else "")
         )
-    start = f"It started from [{facts.base}](https://huggingface.co/{facts.base})." if facts.base else ""
+    name, revision = facts.base or ("", None)
+    start = f"It started from [{name}](https://huggingface.co/{name})" + (f", revision {revision}." if revision else ".") if name else ""
     licence = (
         f"Licence: {facts.licence}." if facts.licence else "No licence was stated: ask the owner; the data and the base have terms, too."
     )
@@ -196,9 +145,9 @@ def _data(facts: Facts) -> str:
         lines.append(table(["", *SPLITS], rows))
         rules = ", ".join(f"{cell(rule)} ({count} images)" for rule, count in summary["patient_rule"].items())
         kinds = ", ".join(f"{cell(kind)} ({count})" for kind, count in (summary.get("modalities") or {}).items())
-        lines.append(
-            f"Split by patient: no patient is in two splits; patients are known from {rules}." + (f" Modality: {kinds}." if kinds else "")
-        )
+        lines.append(f"Split by patient, whom these tell: {rules}." + (f" Modality: {kinds}." if kinds else ""))
+        if "file" in summary["patient_rule"]:
+            lines.append("Where it is the file, no patient was known, and one may be in two splits.")
     lines.append(f"Intensity map from {cell(data['unit'])} to [-1, 1]: `{json.dumps(data['intensity'])}`.")
     return "\n\n".join(line for line in lines if line)
 
@@ -207,7 +156,17 @@ def _training(facts: Facts) -> str:
     config = facts.config
     if not config:
         return ""
-    names = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "mixed_precision", "rank", "seed")
+    names = (
+        "train_fraction",
+        "max_train_samples",
+        "max_train_steps",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "mixed_precision",
+        "rank",
+        "seed",
+    )
     rows = [[f"`{name}`", str(config[name])] for name in names if config.get(name) is not None]
     return table(["flag", "value"], rows) + "\n\nAll flags are in `config.yaml`, versions in `environment.json`."
 
@@ -218,9 +177,16 @@ def _classification(facts: Facts) -> str:
         return ""
     cost = facts.metrics.get("rows_per_image")
     spent = "" if cost is None else f" An image took {_number(cost)} rows of the UNet."
-    return f"{facts.metrics['n']} held-out images; 95 % intervals by patient bootstrap.{spent}\n\n{numbers}\n\n" + _pictures(
-        facts, ("roc", "confusion")
-    )
+    images = f"{facts.metrics['n']} images{_split(facts)}; 95 % intervals by patient bootstrap.{spent}"
+    return f"{images}\n\n{numbers}\n\n" + _pictures(facts, ("roc", "confusion"))
+
+
+def _split(facts: Facts) -> str:
+    """Of which images numbers are, and what speaks against them."""
+    split, seen = facts.metrics.get("split"), facts.metrics.get("n_training_patients")
+    other = facts.metrics.get("data") not in {None, facts.of_data.get("fingerprint")}
+    said = (f" of the {split} split" if split else "") + (" of other data than it was trained on" if other else "")
+    return said + (f" (**{seen} of its patients were trained on, so the numbers are too good**)" if seen else "")
 
 
 def _calibration(facts: Facts) -> str:
@@ -242,20 +208,19 @@ def _distribution(facts: Facts) -> str:
             rows.append([label, _with_interval(metrics, name), "" if floor is None else _number(floor)])
     if not rows:
         return ""
-    counted = f"{metrics['n_generated']} generated against {metrics['n_real']} real images, in features of `{metrics['extractor']}`"
-    return f"{counted}; numbers of other features do not compare.\n\n" + table(["", "value", "other real images"], rows)
+    images = f"{metrics['n_generated']} generated against {metrics['n_real']} real images{_split(facts)}"
+    judged = f"{images}, in features of `{metrics['extractor']}`; numbers of other features do not compare."
+    return f"{judged}\n\n" + table(["", "value", "other real images"], rows)
 
 
 def _classes(facts: Facts) -> str:
     stems = [name for name in ("auroc", "fid", "fid_floor", "kid", "precision", "recall") if any(_of(facts, name))]
-    rows = [
-        [cell(name), *(_with_interval(facts.metrics, f"{stem}/{name}") for stem in stems)] for name in facts.of_data.get("class_names", ())
-    ]
+    rows = [[cell(name), *(_with_interval(facts.metrics, f"{stem}/{name}") for stem in stems)] for name in facts.classes]
     return table(["class", *stems], rows) if stems else ""
 
 
 def _of(facts: Facts, stem: str) -> Iterator[bool]:
-    return (facts.metrics.get(f"{stem}/{name}") is not None for name in facts.of_data.get("class_names", ()))
+    return (facts.metrics.get(f"{stem}/{name}") is not None for name in facts.classes)
 
 
 def _subgroups(metrics: Mapping[str, Any]) -> str:
@@ -270,13 +235,16 @@ def _audit(facts: Facts) -> str:
     audit = facts.audit
     if audit is None:
         return UNAUDITED
+    failed = "" if audit["verdict"] == "passed" else "**It may reproduce images of patients: do not make it public.** "
+    steps = audit["sampling"]["num_inference_steps"]
+    drawn = "" if steps is None else f", drawn in {steps} steps,"
     looked = "reconstructions of held-out images" if facts.kind == "autoencoder" else "generated images"
     expected = _number(audit["false_positive_rate"])
     return (
-        f"Audit {audit['verdict']}, of exactly these weights. {audit['samples']} {looked} were compared with {audit['training_images']} "
-        f"training images and {audit['held_out']} held-out ones: {audit['flagged']} were flagged as suspiciously near a training image (a "
-        f"share of {expected} is expected by chance), {audit['copies']} are copies. The error tells training images from others with AUROC "
-        f"{_with_interval(audit, 'membership_auroc')}, where 0.5 is not at all."
+        f"{failed}Audit {audit['verdict']}, of exactly these weights. {audit['samples']} {looked}{drawn} were compared with "
+        f"{audit['training_images']} training images and {audit['held_out']} others: {audit['flagged']} were flagged as suspiciously "
+        f"near a training image (a share of {expected} is expected by chance), {audit['copies']} are copies. The error tells training "
+        f"images from others with AUROC {_with_interval(audit, 'membership_auroc')}, where 0.5 is not at all."
     )
 
 
@@ -308,31 +276,9 @@ def _pictures(facts: Facts, names: Sequence[str]) -> str:
     return "\n\n".join(f"![{said[name]}](figures/{name}.png)" for name in names if f"figures/{name}.png" in facts.figures)
 
 
-def _loading(facts: Facts) -> str:
-    name, first = facts.name, next(iter(facts.of_data.get("class_names", ())), None)
-    asked = f'class_name="{first}"' if first else ""
-    ours = f'from medsd import MedSDPipeline, read_image\n\npipe = MedSDPipeline.from_pretrained("{name}")\npipe({asked}).images\n' + (
-        'pipe.classify([read_image("slice.dcm")]).probabilities\n' if len(facts.of_data.get("class_names", ())) > 1 else ""
-    )
-    plain = LOADING.get(facts.class_name, LOADING["autoencoder"]).format(name=name, base=facts.base, class_name=facts.class_name)
-    if facts.kind == "lora":
-        plain += "".join(
-            f'pipe.load_textual_inversion("{name}", weight_name="{_embedding(token)}")\n' for token in facts.of_data["class_tokens"]
-        )
-    if facts.kind == "autoencoder":
-        ours = f"accelerate launch recipes/finetune_unet.py --vae {name}\n"
-        return f"```python\n{plain}```\n\nWith medsd:\n\n```bash\n{ours}```"
-    return f"With medsd:\n\n```python\n{ours}```\n\nWith diffusers alone:\n\n```python\n{plain}```"
-
-
-def _embedding(token: str) -> str:
-    return f"{EMBEDS}/{token.strip('<>')}.safetensors"
-
-
-def _citation() -> str:
-    return (
-        "Probabilities are those of the Diffusion Classifier (Li et al., [Your Diffusion Model is Secretly a Zero-Shot "
-        "Classifier](https://arxiv.org/abs/2303.16203), ICCV 2023).\n\n"
+def _citation(facts: Facts) -> str:
+    paper = "[Your Diffusion Model is Secretly a Zero-Shot Classifier](https://arxiv.org/abs/2303.16203), ICCV 2023"
+    return (f"Probabilities are those of the Diffusion Classifier (Li et al., {paper}).\n\n" if len(facts.classes) > 1 else "") + (
         "```bibtex\n@software{medsd,\n  title = {medsd: fine-tuned diffusion models of medical images that classify},\n"
         "  author = {{medsd developers}}\n}\n```"
     )

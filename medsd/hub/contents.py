@@ -28,6 +28,8 @@ CONFIGS = (
     r"config\.json",
     re.escape(INDEX),
 )
+FEWEST_PATIENTS = 10
+"""Of a subgroup whose numbers travel."""
 RECORDS = ("config.yaml", "environment.json", "metrics.json", "audit.json", INFO)
 FIGURES = (
     "generated",
@@ -116,6 +118,14 @@ def weights_sha256(folder: Path) -> str:
     return files_sha256(weight_files(folder))
 
 
+def known_sha256(folder: Path) -> str | None:
+    """The same, of a folder that can be pushed; None of anything else, such as a model of others."""
+    try:
+        return weights_sha256(folder)
+    except InputError:
+        return None
+
+
 def files_sha256(files: Iterable[Path]) -> str:
     """sha256 over files, one after the other."""
     digest = hashlib.sha256()
@@ -139,20 +149,36 @@ def _name(folder: Path, path: Path) -> str:
 
 
 def collect(folder: Path) -> dict[str, Content]:
-    """Weights and configs of a trained folder, and its records, by their path; what names places is left out of the latter."""
+    """Weights, configs and records of a trained folder, by their path; what names places is left out of the latter."""
     weights = weight_files(folder)
     for file in weights:
         safetensors_header(file)
     found: dict[str, Content] = {_name(folder, file): file for file in weights}
     for file in [path for pattern in CONFIGS for path in _matching(folder, pattern)]:
         found[_name(folder, file)] = clean_json(file) if file.suffix == ".json" else file
-    for name in ("config.yaml", "environment.json", "metrics.json", "audit.json"):
-        if (folder / name).is_file():
-            found[name] = _clean_yaml(folder / name) if name.endswith(".yaml") else clean_json(folder / name)
+    for name, clean in {"config.yaml": _clean_yaml, "environment.json": clean_json}.items():
+        if (file := record_of(folder, name)).is_file():
+            found[name] = clean(file)
     if (folder / INFO).is_file():
         check_info(read_json(folder / INFO), folder)
         found[INFO] = clean_json(folder / INFO)
     return found
+
+
+def shareable_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """`metrics.json` without subgroups of few patients, whom facts such as age and sex could tell."""
+    rows = metrics.get("subgroups")
+    return dict(metrics) | ({} if rows is None else {"subgroups": [row for row in rows if row["patients"] >= FEWEST_PATIENTS]})
+
+
+def shareable_audit(audit: Mapping[str, Any]) -> dict[str, Any]:
+    """`audit.json` without what would lead to the suspicious images, and to the training images that they are near to."""
+    return {name: value for name, value in audit.items() if name != "flagged_samples"}
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """A record as it travels: without the places that diffusers and transformers loaded a part from."""
+    return (json.dumps(_nameless(content), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def figures_in(report: Path) -> dict[str, Content]:
@@ -169,27 +195,44 @@ def check_info(record: Mapping[str, Any], folder: Path) -> None:
         raise InputError(f"{folder / INFO} holds {foreign[0]}, which medsd did not write: take it out; nothing was sent")
 
 
+def record_of(folder: Path, name: str) -> Path:
+    """A record of the run: of its best model too, which lies in the run's folder."""
+    return (folder.parent if folder.name == "best" else folder) / name
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A record; empty where there is none. Raises InputError for a damaged one."""
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged: make it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is no record of names and values: make it again")
+    return content
 
 
 def run_config(file: Path) -> dict[str, Any]:
     """The flags in a run's `config.yaml`; empty where there is no such file."""
+    return next(iter(_sections(file).values()), None) or {}
+
+
+def _sections(file: Path) -> dict[str, Any]:
     import yaml
 
-    sections = (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
-    return next(iter(sections.values()), None) or {}
+    try:
+        content = (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is damaged: make it again") from error
+    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+        raise InputError(f"{file} has no section with flags: make it again")
+    return content
 
 
 def clean_json(file: Path) -> bytes:
-    """A record as it travels: without the places that diffusers and transformers loaded a part from."""
-    return (json.dumps(_nameless(read_json(file)), indent=2, ensure_ascii=False) + "\n").encode()
+    """`as_json` of a file."""
+    return as_json(read_json(file))
 
 
 def _nameless(content: Any) -> Any:
@@ -202,7 +245,7 @@ def _clean_yaml(file: Path) -> bytes:
     import yaml
 
     flags = {name: value for name, value in run_config(file).items() if name not in PLACES and not _is_place(value)}
-    return yaml.safe_dump({next(iter(yaml.safe_load(file.read_text()))): flags}, sort_keys=False).encode()
+    return yaml.safe_dump({next(iter(_sections(file)), "flags"): flags}, sort_keys=False).encode()
 
 
 def _is_place(value: Any) -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Content = Path | bytes
 Parcel = Mapping[str, Content]
+Stamps = Mapping[str, tuple[int, int, int]]
 
 HASH = re.compile(r"[0-9a-f]{16}|[0-9a-f]{64}")
 """A key, an id or a digest: compared as a whole, since a short number is part of some hash by chance."""
@@ -30,8 +31,12 @@ SHORTEST = 4
 ANYWHERE = 8
 """Characters from which on a match inside a longer word counts too."""
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
-PLACE = re.compile(r"""(?:^|[\s"'`(=,\[])(?:(?:~?/)(?=[\w.-]*\w)[\w.-]+/[^\s/]|[A-Za-z]:\\{1,2}\w)""")
-"""An absolute path of two parts or more, of Unix or Windows."""
+PLACE = re.compile(
+    r"(?<![\w./])~?/(?=[\w .-]*\w)[\w.-][\w .-]*/[^\s/]"  # /home/doe, ~/scans/x
+    r"|(?<![A-Za-z])[A-Za-z]:[\\/]{1,2}\w|\\\\\w+\\\w"  # C:\scans, D:/scans, \\server\share
+    r"|\b(?:file|s3|gs|smb|nfs)://|(?<![\w.])\.\.[\\/]\w"  # file:///data, ../../data
+)
+"""A path on this machine or its network: absolute ones of two parts or more, addresses of files, ways out of a folder."""
 PUBLIC_VOCABULARY = 10_000
 """Words; a tokenizer that has more is one that others made of public text, in which every surname stands."""
 
@@ -55,7 +60,7 @@ class Secrets:
 
     @classmethod
     def read(cls, keys: Path, class_names: Iterable[str]) -> "Secrets":
-        """From `keys.parquet`. File names that several patients share, and those of classes, name nobody."""
+        """From `keys.parquet`. Names of files and folders that several patients share, and those of classes, name nobody."""
         import pyarrow.parquet
 
         table = pyarrow.parquet.read_table(keys, columns=["file", "patient", "sop_uid"]).to_pydict()
@@ -64,7 +69,7 @@ class Secrets:
         for file, patient in set(zip(table["file"], table["patient"], strict=True)):
             for name in (file, *_names(file)):
                 owners[name.casefold()].add(patient)
-        found = {name: "file name" for name, patients in owners.items() if len(patients) == 1 and name not in named}
+        found = {name: "name of a file or folder" for name, patients in owners.items() if len(patients) == 1 and name not in named}
         found |= {value.casefold(): "SOP instance UID" for value in set(table["sop_uid"]) if value}
         found |= {value.casefold(): "patient's id" for value in set(table["patient"]) if value}
         by_length = defaultdict(dict)
@@ -92,11 +97,24 @@ class Secrets:
 def scan(parcel: Parcel, secrets: Secrets, remedy: str) -> None:
     """Raise InputError, which ends with `remedy`, where a parcel names a patient or a file, or holds a token or a path of this machine."""
     for path, content in parcel.items():
-        prose = not path.endswith((".json", ".jsonl", ".parquet"))
+        prose = not path.endswith((".json", ".jsonl", ".parquet", ".yaml"))
         for place, text in texts_of(path, content):
             kind = secrets.kind_in(text, prose) or _kind_of_machine(text)
             if kind is not None:
                 raise InputError(f"{place} in {path} holds a {kind}: nothing was sent; {remedy}")
+
+
+def scan_tokens(parcel: Parcel) -> None:
+    """Raise InputError for a token in a parcel of sources, which speak of places for good reasons."""
+    for path, content in parcel.items():
+        if any(TOKEN.search(text) for _, text in texts_of(path, content)):
+            raise InputError(f"{path} holds a token of the Hub: take it out; nothing was sent")
+
+
+def stamps(parcel: Parcel) -> Stamps:
+    """What changes where a file of the parcel does: inode, size, and time of its last change."""
+    found = {path: content.stat() for path, content in parcel.items() if isinstance(content, Path) and content.is_file()}
+    return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
 
 def _kind_of_machine(text: str) -> str | None:
@@ -105,10 +123,10 @@ def _kind_of_machine(text: str) -> str | None:
     return "path of this machine" if PLACE.search(text) else None
 
 
-def _names(file: str) -> tuple[str, str]:
-    """A file's name, and the same without its suffix."""
-    name = PurePath(file).name
-    return name, PurePath(name.removesuffix(".gz")).stem
+def _names(file: str) -> tuple[str, ...]:
+    """A file's name, the same without its suffix, and the folders it lies in."""
+    *folders, name = PurePath(file).parts
+    return name, PurePath(name.removesuffix(".gz")).stem, *folders
 
 
 def _is_word(text: str, start: int, stop: int) -> bool:
@@ -126,6 +144,10 @@ def texts_of(path: str, content: Content) -> Iterator[tuple[str, str]]:
         yield from (("a text chunk", f"{key} {value}") for key, value in _png_texts(content).items())
     elif suffix == ".json":
         yield from (("a text", text) for text in _strings(_without_vocabulary(_parsed(_text(content), path))))
+    elif suffix == ".gz":
+        return  # A public vocabulary.
+    elif suffix == ".yaml":
+        yield from (("a value", text) for flags in _yaml(content).values() for text in _strings(list(flags.values())))
     elif suffix == ".jsonl":
         yield from (("a text", text) for line in _text(content).splitlines() for text in _strings(_parsed(line, path)))
     else:
@@ -154,7 +176,16 @@ def _opened(content: Content) -> io.BufferedIOBase:
 
 
 def _text(content: Content) -> str:
-    return content.read_text() if isinstance(content, Path) else content.decode()
+    try:
+        return content.read_text() if isinstance(content, Path) else content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{content if isinstance(content, Path) else 'a file'} is no text, as it should be: make it again") from error
+
+
+def _yaml(content: Content) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load(_text(content)) or {}
 
 
 def _without_vocabulary(record: Any) -> Any:

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import medsd
 from medsd.errors import InputError
-from medsd.hub.privacy import Content
-from medsd.hub.upload import Target, set_variable, upload
+from medsd.hub.privacy import Content, scan_tokens
+from medsd.hub.upload import Target, upload
 
 PACKAGE = Path(medsd.__file__).parent
-SOURCES = frozenset({".py", ".css", ".gz"})
+VOCABULARY = "models/clip_merges.txt.gz"
 CARD = """---
 title: {title}
 sdk: gradio
 sdk_version: {gradio}
+python_version: "3.11"
 app_file: app.py
 license: apache-2.0
 models:
@@ -44,18 +45,18 @@ def push_space(app: Path, pipeline: str, space: str, private: bool = True) -> st
         raise InputError(
             f"--pipeline {pipeline}: a Space takes its pipeline from the Hub; push it with recipes/push.py, and name user/name"
         )
-    target = Target(space, "--push_space", "space", private)
-    url = upload(space_parcel(app, pipeline, space), target, lambda path: path.startswith("medsd/"), "Upload a page of medsd")
-    set_variable(target, "MEDSD_PIPELINE", pipeline)
-    return url
+    target = Target(space, "--push_space", "space", private, variables={"MEDSD_PIPELINE": pipeline})
+    parcel = space_parcel(app, pipeline, space)
+    scan_tokens(parcel)
+    return upload(parcel, target, lambda path: path.startswith("medsd/"), "Upload a page of medsd")
 
 
 def space_parcel(app: Path, pipeline: str, space: str) -> dict[str, Content]:
     """What a Space holds."""
     card = CARD.format(title=space.split("/")[-1], gradio=version("gradio"), pipeline=pipeline)
-    sources = sorted(path for path in PACKAGE.rglob("*") if path.suffix in SOURCES)
+    sources = sorted(path for path in PACKAGE.rglob("*") if path.suffix in {".py", ".css"} and not path.is_symlink())
     return {
-        **{f"medsd/{path.relative_to(PACKAGE).as_posix()}": path for path in sources},
+        **{f"medsd/{path.relative_to(PACKAGE).as_posix()}": path for path in (*sources, PACKAGE / VOCABULARY)},
         "requirements.txt": "\n".join([*needed(), ""]).encode(),
         "app.py": app,
         "README.md": card.encode(),

@@ -63,11 +63,18 @@ def read_module(name: str) -> Module:
             ours, others = imported(node)
             module.ours |= ours
             module.others |= others
+        elif isinstance(node, ast.If | ast.Try | ast.With | ast.For) and not _for_types(node):
+            raise ValueError(f"{name} binds names within a statement at its top (line {node.lineno}): define them plainly")
         elif names := tuple(bound(node)):
             described = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
             last = following if described and isinstance(node, ast.Assign | ast.AnnAssign) else node
             module.definitions.append(Definition(names, node, last.end_lineno))
     return module
+
+
+def _for_types(node: ast.stmt) -> bool:
+    """Whether it is `if TYPE_CHECKING:`, whose names only annotations in quotes use."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def bound(node: ast.stmt) -> Iterator[str]:
@@ -85,6 +92,8 @@ def imported(node: ast.Import | ast.ImportFrom) -> tuple[dict[str, tuple[str, st
     if isinstance(node, ast.Import):
         return {}, {alias.asname or alias.name.split(".")[0]: f"import {alias.name}" + _as(alias) for alias in node.names}
     if node.module.split(".")[0] == "medsd":
+        if renamed := next((alias.name for alias in node.names if alias.asname), None):
+            raise ValueError(f"{node.module}.{renamed} is imported under another name, which one file does not know: keep its own")
         return {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}, {}
     return {}, {alias.asname or alias.name: f"from {node.module} import {alias.name}" + _as(alias) for alias in node.names}
 

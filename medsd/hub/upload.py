@@ -6,13 +6,16 @@ off leaves what was there before, and the same push goes on where it stopped.
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from medsd.errors import InputError
-from medsd.hub.privacy import TOKEN, Parcel
+from httpx2 import HTTPError
+
+from medsd.errors import InputError, first_line
+from medsd.hub.privacy import TOKEN, Parcel, Stamps, stamps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +35,7 @@ MEANINGS = {
     413: "the Hub takes no file as large as that",
     507: "the Hub has no room left there",
 }
-AGAIN = "the same command goes on where it stopped"
+AGAIN = "the same push goes on where it stopped"
 
 Result = TypeVar("Result")
 Kind = Literal["model", "dataset", "space"]
@@ -49,46 +52,76 @@ class Target:
     kind: Kind = "model"
     private: bool = True
     revision: str | None = None
+    """Branch; None is main."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """What a Space finds in its environment."""
 
     def __str__(self) -> str:
         branch = f" (branch {self.revision})" if self.revision else ""
         return f"{self.flag} {self.name}{branch}"
 
 
-def upload(parcel: Parcel, target: Target, ours: Callable[[str], bool], message: str) -> str:
+def upload(parcel: Parcel, target: Target, ours: Callable[[str], bool], message: str, before: Stamps | None = None) -> str:
     """Commit a parcel to a repository, which is made where it is not there yet; returns its address.
 
-    Files of an earlier push (`ours(path)`) that are not in the parcel go in the same commit, those of others stay. Raises InputError for a
-    public repository where a private one is wanted, and where the Hub refuses or cannot be reached; then nothing of it is visible.
+    Files of an earlier push (`ours(path)`) that are not in the parcel go in the same commit, those of others stay. `before` are `stamps` of
+    the parcel when it was looked through: nothing that changed since is sent. Raises InputError for a public repository where a private one
+    is wanted, and where the Hub refuses or cannot be reached; then nothing of it is visible.
     """
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api, seen = HfApi(), stamps(parcel) if before is None else before
     with _one_line(target):
         url = _patiently(lambda: api.create_repo(target.name, repo_type=target.kind, private=target.private, exist_ok=True, **_sdk(target)))
         if target.private and not _patiently(lambda: api.repo_info(target.name, repo_type=target.kind)).private:
             raise InputError(f"{target}: this repository exists and is public; make it private, or choose another. Nothing was sent")
         if target.revision:
-            _patiently(lambda: api.create_branch(target.name, branch=target.revision, repo_type=target.kind, exist_ok=True))
-        _patiently(lambda: _commit(api, parcel, target, ours, message))
+            _patiently(lambda: _branch(api, target))
+        for name, value in target.variables.items():
+            _patiently(partial(api.add_space_variable, target.name, name, value))
+        _patiently(lambda: _commit(api, parcel, target, ours, message, seen))
     return str(url)
 
 
-def set_variable(target: Target, name: str, value: str) -> None:
-    """Let a Space find a value in its environment; raises InputError where the Hub refuses."""
+def stated_licence(target: Target) -> str | None:
+    """What the card of the repository says already; None where it says nothing, or cannot be asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        card = HfApi().repo_info(target.name, repo_type=target.kind).card_data
+    except (HTTPError, OSError, HFValidationError):
+        return None
+    licence = card.get("license") if card else None
+    return None if licence == "other" else licence
+
+
+def check_sign_in(target: Target) -> None:
+    """Raise InputError where nobody is signed in: before the work, not behind it."""
     from huggingface_hub import HfApi
 
     with _one_line(target):
-        _patiently(lambda: HfApi().add_space_variable(target.name, name, value))
+        _patiently(HfApi().whoami)
+
+
+def _branch(api: "HfApi", target: Target) -> None:
+    """Make the branch where it is not there, from the repository's first commit: what main says of its weights is not true of others."""
+    branches = [ref.name for ref in api.list_repo_refs(target.name, repo_type=target.kind).branches]
+    if target.revision not in branches:
+        first = api.list_repo_commits(target.name, repo_type=target.kind)[-1].commit_id
+        api.create_branch(target.name, branch=target.revision, revision=first, repo_type=target.kind, exist_ok=True)
 
 
 def _sdk(target: Target) -> dict[str, str]:
     return {"space_sdk": "gradio"} if target.kind == "space" else {}
 
 
-def _commit(api: "HfApi", parcel: Parcel, target: Target, ours: Callable[[str], bool], message: str) -> None:
+def _commit(api: "HfApi", parcel: Parcel, target: Target, ours: Callable[[str], bool], message: str, seen: Stamps) -> None:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+    now = stamps(parcel)
+    if changed := [path for path, stamp in seen.items() if now.get(path) != stamp]:
+        raise InputError(f"{changed[0]} has changed since it was looked through: nothing was sent; push again once nobody writes there")
     where = {"repo_id": target.name, "repo_type": target.kind, "revision": target.revision}
     old = [path for path in api.list_repo_files(**where) if ours(path) and path not in parcel]
     order = sorted(parcel, key=lambda path: LAST.index(path) if path in LAST else -1)
@@ -101,12 +134,10 @@ def _commit(api: "HfApi", parcel: Parcel, target: Target, ours: Callable[[str], 
 
 def _patiently(step: Callable[[], Result]) -> Result:
     """`step()`, again after a while where it failed for a reason that passes."""
-    from httpx2 import HTTPError
-
     for wait in WAITS:
         try:
             return step()
-        except (HTTPError, RuntimeError) as error:
+        except (OSError, RuntimeError, HTTPError) as error:
             if not _passes(error):
                 raise
             time.sleep(_wanted_wait(error) or wait)
@@ -114,9 +145,15 @@ def _patiently(step: Callable[[], Result]) -> Result:
 
 
 def _passes(error: Exception) -> bool:
-    """Whether the same request may succeed later: the way to the Hub broke, or it is busy."""
+    """Whether the same request may succeed later: the Hub is busy, or the way to it broke, as each of its clients says it."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
     status = _status(error)
-    return status is None or status in PASSING
+    broke = (HTTPError, ConnectionError, TimeoutError)
+    alone = isinstance(error, RuntimeError) and error.__cause__ is None and error.__context__ is None
+    return status in PASSING if status is not None else alone or isinstance(error, broke) or isinstance(error.__cause__, broke)
 
 
 def _answer(error: BaseException) -> Any:
@@ -137,31 +174,33 @@ def _wanted_wait(error: BaseException) -> float | None:
 @contextmanager
 def _one_line(target: Target) -> "Iterator[None]":
     """Turn what the Hub's client raises into an InputError that says what to do."""
-    from httpx2 import HTTPError
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
     try:
         yield
+    except InputError:
+        raise
     except HFValidationError as error:
         raise InputError(f"{target} is no repository name: user/name is expected") from error
     except LocalTokenNotFoundError as error:
         raise InputError(f"{target}: nobody is signed in; `hf auth login` does it") from error
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{target}: the Hub took nothing ({_reason(error)})") from error
+        raise InputError(f"{target}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    status = _status(error)
+    status, said = _status(error), redacted(first_line(error.__cause__ or error))
     if status in MEANINGS:
         return MEANINGS[status]
     if status in PASSING:
-        return f"it answered {status} {len(WAITS) + 1} times; {AGAIN}"
+        return f"the Hub answered {status} {len(WAITS) + 1} times; {AGAIN}"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE forbids it; unset that"
-    said = redacted((str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0])
-    return said if status is not None or isinstance(error, ValueError) else f"{said}; {AGAIN}"
+    if _passes(error):
+        return f"the way to the Hub broke {len(WAITS) + 1} times ({said}), so look there whether it took all; {AGAIN}"
+    return f"the Hub took nothing ({said})"
 
 
 def redacted(text: str) -> str:

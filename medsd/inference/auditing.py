@@ -23,7 +23,8 @@ from medsd.evaluation.memorization import (
     membership,
     pixel_neighbours,
 )
-from medsd.hub.contents import weights_sha256
+from medsd.hub.contents import known_sha256
+from medsd.hub.gate import counts
 from medsd.inference.extractors import Extractor, Progress, extract
 from medsd.inference.pipeline import MedSDPipeline
 from medsd.inference.plan import make_plan
@@ -98,10 +99,11 @@ def audit_record(
     extractor: str,
     keys: Sequence[str],
     samples: Sequence[dict[str, Any]],
+    sampling: dict[str, Any],
 ) -> dict[str, Any]:
     """`audit.json`: for exactly the weights in `folder` (those of `model`, a fingerprint), how many samples copy, and which.
 
-    `keys` are those of the training images, `samples` say of each sample what may be told of it (class, seed).
+    `keys` are those of the training images, `samples` say of each sample what may be told (class, seed), `sampling` how they came about.
     """
     flagged = [
         samples[place]
@@ -109,7 +111,7 @@ def audit_record(
         | {"nearest": keys[found.nearest[place]], "space": found.space[place]}
         for place in np.flatnonzero(found.flagged)
     ]
-    made = {"medsd": medsd.__version__, "weights_sha256": weights_sha256(folder) if folder.is_dir() else None, "model": model}
+    made = {"medsd": medsd.__version__, "weights_sha256": known_sha256(folder), "model": model, "sampling": sampling}
     made |= {"data": data.fingerprint, "training_images": len(keys), "extractor": extractor}
     quantity = "distance to training images beside others, in deviations"
     return made | audit_summary(found, rate) | {"quantity": quantity, "flagged_samples": flagged}
@@ -118,12 +120,15 @@ def audit_record(
 def replaces(audit: dict[str, Any], folder: Path) -> bool:
     """Whether it may take the place of the folder's `audit.json`, so that no other seed makes a failed audit good.
 
-    It may where it failed, or where that one is of other weights, is of fewer samples, or passed with as many.
+    It may where it failed, or where that one is of other weights, counts less (see `medsd.hub.gate.counts`), is of fewer samples, or passed
+    with as many.
     """
     file = folder / "audit.json"
     before = json.loads(file.read_text()) if file.is_file() else {}
     if before.get("weights_sha256") != audit["weights_sha256"] or audit["verdict"] == "failed":
         return True
+    if counts(before) != counts(audit):
+        return counts(audit)
     return before["samples"] < audit["samples"] or (before["samples"] == audit["samples"] and before["verdict"] == "passed")
 
 

@@ -5,7 +5,7 @@ the image that was encoded. Its error on training images beside others says how 
 """
 
 import json
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from medsd.data.dataset import DataInfo, load_dataset
 from medsd.data.transforms import column, row_labels, stratified, training_rows
 from medsd.errors import InputError
-from medsd.evaluation.memorization import membership
+from medsd.evaluation.memorization import Findings, membership
 from medsd.hub.contents import kind_of
 from medsd.inference.auditing import (
     MEMBERS,
@@ -28,7 +28,7 @@ from medsd.inference.auditing import (
     replaces,
     unit_images,
 )
-from medsd.inference.extractors import CodecFeatures, Extractor, extract, load_extractor
+from medsd.inference.extractors import CodecFeatures, Extractor, Progress, extract, load_extractor
 from medsd.inference.folder import read_info, trained_on
 from medsd.inference.gallery import Gallery
 from medsd.inference.generating import Sampling
@@ -41,7 +41,16 @@ from medsd.output import write_text
 RATE = 0.01
 """Share of images that are no copies which may be flagged."""
 
-Progress = Callable[[int], None]
+
+@dataclass(frozen=True)
+class Compared:
+    """An audit, and what it rests on."""
+
+    record: dict[str, Any]
+    """`audit.json`."""
+    found: Findings
+    rows: tuple[Any, Any]
+    """Training images, and held-out ones."""
 
 
 def audit_folder(folder: Path, dataset_name: str, samples: int, device: torch.device, seed: int = 0) -> dict[str, Any]:
@@ -72,8 +81,9 @@ def audit_pipeline(folder: Path, dataset_name: str, data: DataInfo, samples: int
         judged.draw(pipe, Sampling(seed=seed), 0, 1)
         extractor = load_extractor("unet", pipe, device)
         seen = Seen.of(judged.batches, extract(extractor, judged.batches()).values)
-    made, training, held_out = _record(folder, dataset_name, data, pipe.fingerprint(), extractor, seen, judged.told(seed))
-    return made | membership_signal(pipe, training, held_out, seed)
+    drawn = Sampling(seed=seed).told(type(pipe.scheduler).__name__, names[0])
+    made = compare(folder, dataset_name, data, pipe.fingerprint(), extractor, seen, judged.told(seed), drawn)
+    return made.record | membership_signal(pipe, *made.rows, seed)
 
 
 def audit_autoencoder(folder: Path, dataset_name: str, data: DataInfo, samples: int, device: torch.device, seed: int) -> dict[str, Any]:
@@ -87,24 +97,33 @@ def audit_autoencoder(folder: Path, dataset_name: str, data: DataInfo, samples: 
 
     seen = Seen.of(again, extract(extractor, again()).values)
     told = [{"key": key} for key in column(shown, "key").to_pylist()]
-    made, training, held_out = _record(folder, dataset_name, data, extractor.sha256, extractor, seen, told)
+    made = compare(folder, dataset_name, data, extractor.sha256, extractor, seen, told, {"num_inference_steps": None, "seed": seed})
     errors, patients = [], []
-    for rows in (_some(training, MEMBERS, seed), _some(held_out, MEMBERS, seed)):
+    for rows in (_some(rows, MEMBERS, seed) for rows in made.rows):
         errors.append(_errors(codec, data, rows, device))
         patients += column(rows, "patient_id").to_pylist()
-    return made | membership(*errors, patients)
+    return made.record | membership(*errors, patients)
 
 
-def _record(
-    folder: Path, dataset_name: str, data: DataInfo, model: str, extractor: Extractor, seen: Seen, told: list[dict[str, Any]]
-) -> tuple[dict[str, Any], Any, Any]:
-    """What the samples show, and the training and held-out rows that they were compared with."""
+def compare(
+    folder: Path,
+    dataset_name: str,
+    data: DataInfo,
+    model: str,
+    extractor: Extractor,
+    seen: Seen,
+    told: list[dict[str, Any]],
+    sampling: dict[str, Any],
+    rate: float = RATE,
+    progress: Progress = lambda images: None,
+) -> Compared:
+    """Samples of the model in `folder` beside the images that it was trained on, and held-out ones; arguments as in `audit_record`."""
     training = training_rows(load_dataset(dataset_name, "train"), *trained_on(folder))
     held_out = held_out_rows(dataset_name)
-    found, rate = audit_rows(extractor, seen, data, training, held_out, RATE)
+    found, rate = audit_rows(extractor, seen, data, training, held_out, rate, progress)
     keys = column(training, "key").to_pylist()
     name = f"{extractor.name} sha256:{extractor.sha256}"
-    return audit_record(folder, model, data, found, rate, name, keys, told), training, held_out
+    return Compared(audit_record(folder, model, data, found, rate, name, keys, told, sampling), found, (training, held_out))
 
 
 def _some(rows: Any, most: int, seed: int) -> Any:

@@ -7,6 +7,7 @@ diffusers. A LoRA run holds its adapters, its class tokens' embeddings and the n
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from medsd.data.dataset import INFO_FILE, load_dataset, looks_like_hub_id
+from medsd.data.dataset import INFO_FILE, DataInfo, load_dataset, load_info, looks_like_hub_id
 from medsd.data.transforms import column, training_rows
-from medsd.errors import InputError
-from medsd.hub.contents import files_sha256, run_config
+from medsd.errors import InputError, first_line
+from medsd.hub.contents import EMBEDS as EMBEDS_DIR
+from medsd.hub.contents import INDEX as INDEX_FILE
+from medsd.hub.contents import LORA as LORA_FILE
+from medsd.hub.contents import files_sha256, read_json, record_of, run_config
 from medsd.inference.info import Base, PipelineInfo
 from medsd.output import write_text
-
-INDEX_FILE = "model_index.json"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-EMBEDS_DIR = "learned_embeds"
 
 
 def read_info(folder: Path) -> PipelineInfo:
@@ -33,11 +33,25 @@ def read_info(folder: Path) -> PipelineInfo:
         return PipelineInfo()
     try:
         record = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: copy the folder again") from error
-    if "codec" not in record:
+    if isinstance(record, dict) and "codec" not in record:
         raise InputError(f"{folder} is a data folder, not a pipeline folder: name the folder that finetune_unet.py wrote")
-    return PipelineInfo.from_dict(record)
+    return _checked(record, path)
+
+
+def _checked(record: Any, path: Path) -> PipelineInfo:
+    """Of the types that medsd writes."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        info = PipelineInfo.from_dict(record)
+        for kind, value in ((DataInfo, record.get("data")), (dict[str, str | int | float], info.codec), (Base, record.get("base"))):
+            if value is not None:
+                TypeAdapter(kind).validate_python(value)
+    except (ValidationError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise InputError(f"{path} is not as medsd writes it ({first_line(error)}): copy the folder again") from error
+    return info
 
 
 def check_folder(folder: Path) -> None:
@@ -48,7 +62,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder} is one model, not a pipeline folder: give an autoencoder as --vae, and name a pipeline")
     if not (folder / INDEX_FILE).is_file():
         raise InputError(f"{folder} has no {INDEX_FILE}, so it is not a finished pipeline folder{_training_state(folder)}")
-    index = json.loads((folder / INDEX_FILE).read_text())
+    index = read_json(folder / INDEX_FILE)
     needed = [
         name
         for name, value in index.items()
@@ -70,8 +84,8 @@ def _training_state(folder: Path) -> str:
     status = folder / "status.json"
     if not status.is_file():
         return ""
-    record = json.loads(status.read_text())
-    if record["state"] == "finished":
+    record = read_json(status)
+    if record.get("state") in {None, "finished"}:
         return ""
     again = "go on with --resume_from_checkpoint latest"
     remedy = f"wait for its end, or {again} if it was killed" if record["state"] == "running" else again
@@ -140,15 +154,26 @@ def base_sha256(base: Path) -> str:
 
 
 def describe_base(base: str, revision: str | None) -> Base:
-    """Record of the model that LoRA adapters start from."""
+    """Record of the model that LoRA adapters start from: of a model on the Hub the commit, since a branch moves on."""
     if Path(base).exists():
         return Base(str(Path(base).resolve()), None, base_sha256(Path(base)))
-    return Base(base, revision, None)
+    return Base(base, download_record(base, revision).name, None)
 
 
 def relative_base(base: Base, run: Path) -> Base:
     """The record as `medsd.json` in `run` holds it."""
     return base if base.sha256 is None else replace(base, name=os.path.relpath(base.name, run.resolve()))
+
+
+def check_base(base: Base, run: Path, local: bool) -> None:
+    """Raise InputError for a base that adapters may not have: a place on this machine that a downloaded folder names, or themselves."""
+    of_hub = base.sha256 is None
+    if of_hub and (Path(base.name).exists() or not looks_like_hub_id(base.name)):
+        raise InputError(f"{run} holds LoRA adapters of {base.name}, which is no Hub id: take the model from another place")
+    if not of_hub and not local:
+        raise InputError(f"{run} holds LoRA adapters of a model on its maker's machine: ask for the merged model")
+    if not of_hub and (run.resolve() / base.name).resolve() == run.resolve():
+        raise InputError(f"{run} holds LoRA adapters of itself: take the model from another place")
 
 
 def locate_base(base: Base, run: Path) -> Base:
@@ -171,14 +196,13 @@ def trained_on(folder: Path) -> tuple[float | None, int | None, int]:
 
 def training_config(folder: Path) -> dict[str, Any]:
     """The flags that a local pipeline was trained with, or the run whose `best` it is; empty where there is no record of them."""
-    recorded = (folder.parent if folder.name == "best" else folder) / "config.yaml"
-    return run_config(recorded)
+    return run_config(record_of(folder, "config.yaml"))
 
 
 def data_of(folder: Path, info: PipelineInfo, dataset_name: str | Path | None = None) -> Path | str | None:
     """What a model was trained on: the prepared folder or Hub id that is named, else what its run recorded; None for a foreign model.
 
-    Raises InputError where that is not known, or not there.
+    Raises InputError where that is not known or not there, and for a Hub id of other data.
     """
     named = dataset_name or training_config(folder).get("dataset_name")
     if named is None and info.data is None:
@@ -187,16 +211,17 @@ def data_of(folder: Path, info: PipelineInfo, dataset_name: str | Path | None = 
         raise InputError(f"{folder} has no config.yaml that says what it was trained on: name it with --dataset_name")
     if Path(named).is_dir():
         return Path(named)
-    if looks_like_hub_id(str(named)):
-        return str(named)
+    asked = dataset_name is not None or read_json(record_of(folder, "environment.json")).get("data_on_hub") == named
+    if asked and looks_like_hub_id(str(named)) and load_info(str(named)).fingerprint == info.data.fingerprint:
+        return str(named)  # A folder of this machine that is no longer there looks the same, so its name is not sent to the Hub.
     raise InputError(f"{named}: the data that {folder} was trained on is not there; name it with --dataset_name")
 
 
-def copy_records(folder: Path, made: Path) -> None:
+def copy_records(folder: Path, made: Path, names: Sequence[str] = ("config.yaml", "environment.json")) -> None:
     """What a run says of itself, beside the same model saved elsewhere."""
-    for name in ("config.yaml", "environment.json", "audit.json"):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, made / name)
+    for name in names:
+        if (file := record_of(folder, name) if name != "audit.json" else folder / name).is_file():
+            shutil.copyfile(file, made / name)
 
 
 def training_patients(folder: Path) -> set[str] | None:

@@ -7,6 +7,7 @@ one drawing of an image; the first is number 0.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,11 @@ class Sampling:
     """An image whose own class gets less is drawn again; None keeps every image."""
     max_tries: int = 5
     """Attempts at most, up to 128; then the likeliest stays."""
+
+    def told(self, scheduler: str, class_name: str | None) -> dict[str, Any]:
+        """How images of a class are drawn, for a record."""
+        guidance = self.guidance_of(class_name)
+        return {"num_inference_steps": self.num_inference_steps, "guidance_scale": guidance, "scheduler": scheduler, "seed": self.seed}
 
     def guidance_of(self, class_name: str | None) -> float:
         """Without a class there is nothing to guide to."""

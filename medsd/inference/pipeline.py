@@ -13,7 +13,8 @@ from transformers import CLIPTokenizer
 from medsd.data.dataset import DataInfo, looks_like_hub_id
 from medsd.data.prompts import class_words
 from medsd.errors import InputError, first_line
-from medsd.hub.model import Outgoing, push_model
+from medsd.hub.gate import Outgoing
+from medsd.hub.model import push_model
 from medsd.hub.upload import Target
 from medsd.inference import folder as folders
 from medsd.inference.bound import BoundMixin
@@ -38,6 +39,9 @@ from medsd.models.presets import LEARNED_VARIANCE, PRESETS, SD_SCHEDULE
 from medsd.models.trust import check_trust
 from medsd.models.unet import build_unet
 from medsd.output import partial_folder
+
+UNLOADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+"""What diffusers, transformers and safetensors raise for a folder that is damaged or none of theirs; RecursionError among them."""
 
 
 class MedSDPipeline(CalibratingMixin, ExplainingMixin, BoundMixin, DiffusionClassifierPipeline):
@@ -86,23 +90,30 @@ class MedSDPipeline(CalibratingMixin, ExplainingMixin, BoundMixin, DiffusionClas
         """
         name = str(pretrained_model_name_or_path)
         check_local(name)
+        try:
+            return cls._loaded(name, options)
+        except InputError:
+            raise
+        except UNLOADABLE as error:
+            raise InputError(f"{name} cannot be loaded ({first_line(error)}): copy the folder again, or take another model") from error
+
+    @classmethod
+    def _loaded(cls, name: str, options: dict[str, Any]) -> "MedSDPipeline":
         local = Path(name).exists() or not looks_like_hub_id(name)
         record = Path(name) if local else folders.download_record(name, options.get("revision"))
         if is_foreign(str(record)):
             return cls._from_foreign(load_foreign(name, options.get("revision")))
         info = folders.read_info(record)
         if info.base is not None:
-            return cls._from_lora(record, info, options)
+            check_trust(record)
+            return cls._from_lora(record, info, options, local)
         if local:
             folders.check_folder(record)
             options = {"variant": folders.weights_variant(record)} | options
         else:
             record, options = cls._downloaded(name, options)
         check_trust(record)
-        try:
-            pipe = super().from_pretrained(record, use_safetensors=True, record=None, **options)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{name} cannot be loaded ({first_line(error)}): copy the folder again, or take another model") from error
+        pipe = super().from_pretrained(record, use_safetensors=True, record=None, **options)
         if options.keys().isdisjoint({"dtype", "torch_dtype"}):
             pipe.text_encoder.float()  # transformers keeps the precision of the files, where diffusers loads float32.
         if info.codec is not None:
@@ -125,14 +136,17 @@ class MedSDPipeline(CalibratingMixin, ExplainingMixin, BoundMixin, DiffusionClas
         return pipe
 
     @classmethod
-    def _from_lora(cls, run: Path, info: PipelineInfo, options: dict[str, Any]) -> "MedSDPipeline":
+    def _from_lora(cls, run: Path, info: PipelineInfo, options: dict[str, Any], local: bool) -> "MedSDPipeline":
         options = {key: value for key, value in options.items() if key != "revision"}
+        folders.check_base(info.base, run, local)
         info = replace(info, base=folders.locate_base(info.base, run))
         embeddings = folders.read_embeddings(run)
         missing = [token for token in info.data.class_tokens if token not in embeddings]
         if missing or not (run / folders.LORA_FILE).is_file():
             raise InputError(f"{run} misses {missing[0] if missing else folders.LORA_FILE}: copy the LoRA folder again")
         pipe = cls.from_pretrained(info.base.name, revision=info.base.revision, **options)
+        if pipe.info.base is not None:
+            raise InputError(f"{run} holds LoRA adapters of {info.base.name}, which is itself a LoRA run: merge that first")
         add_class_tokens(pipe.tokenizer, pipe.text_encoder, {token: class_words(token) for token in embeddings})
         set_embeddings(pipe.tokenizer, pipe.text_encoder, embeddings)
         if (run / "vae").is_dir():
@@ -215,7 +229,7 @@ class MedSDPipeline(CalibratingMixin, ExplainingMixin, BoundMixin, DiffusionClas
             finally:
                 self.folder = folder
             if folder is not None:
-                folders.copy_records(folder, made)
+                folders.copy_records(folder, made, ("config.yaml", "environment.json", "audit.json"))
             data = folders.data_of(folder or made, self.info, dataset_name)
             outgoing = Outgoing(made, data, report and Path(report), licence, skip_audit, named=folder)
             return push_model(outgoing, Target(repo_id, "repo_id", private=private, revision=revision))

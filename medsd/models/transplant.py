@@ -23,6 +23,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
 from medsd.errors import InputError
+from medsd.models.trust import check_trust
 
 EXACT = {
     "time_embedding_type": ("positional",),
@@ -207,6 +208,8 @@ def load_unconditional(name: str, revision: str | None = None) -> tuple[UNet2DMo
         raise InputError(
             f"{name} is a {found}; a UNet2DModel, bare or in a {' or '.join(sorted(PIPELINES))}, is expected: name another model"
         )
+    if Path(name).is_dir():
+        check_trust(Path(name))
     try:
         loaded = kind.from_pretrained(name, revision=revision, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:

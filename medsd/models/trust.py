@@ -13,6 +13,8 @@ from medsd.errors import InputError
 LIBRARIES = frozenset({"diffusers", "transformers"})
 PARTS = ("unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler", "learned_embeds")
 WEIGHTS = ("unet", "vae", "text_encoder")
+CODE = frozenset({"auto_map", "attn_implementation", "_attn_implementation", "quantization_config"})
+"""Keys of a config behind which transformers fetches code, or packages that run it."""
 REMEDY = "take the model from another place"
 
 
@@ -29,8 +31,10 @@ def check_trust(folder: Path) -> None:
             if PurePath(name).name != name or name in {"..", "."}:
                 raise InputError(f"{folder}: {_shown(file, folder)} names a file outside its folder: {REMEDY}")
     for file in [file for file in files if file.name.endswith("config.json")]:
-        if "auto_map" in _read(file, folder):
-            raise InputError(f"{folder}: {_shown(file, folder)} asks for code of its own, which is never run: {REMEDY}")
+        for key in CODE.intersection(_read(file, folder)):
+            raise InputError(f"{folder}: {_shown(file, folder)} asks for code of its own ({key}), which is never run: {REMEDY}")
+    for file in [file for file in files if file.name == "adapter_config.json"]:
+        raise InputError(f"{folder}: {_shown(file, folder)} leads to a model outside the folder: {REMEDY}")
 
 
 def _check_index(folder: Path) -> None:
@@ -69,7 +73,7 @@ def _strings_in(weight_map: Any) -> list[str]:
 def _read(file: Path, folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{folder}: {_shown(file, folder)} is damaged: copy the folder again") from error
     if not isinstance(content, dict):
         raise InputError(f"{folder}: {_shown(file, folder)} is no record of names and values: {REMEDY}")

@@ -55,7 +55,8 @@ class RunRecord:
             self._status("running")
             write_text(self.folder / "config.yaml", _yaml({self.config.section: asdict(self.config)}))
             _drop_later(self.folder / "metrics.jsonl", step, step - owes_look)
-            self.environment(base_model=_on_hub(self.config.pretrained_model_name_or_path), **facts)
+            asked = {"base_model": self.config.pretrained_model_name_or_path, "data_on_hub": self.config.dataset_name}
+            self.environment(**{name: _on_hub(value) for name, value in asked.items()}, **facts)
             if self.tensorboard:
                 self.board = _summary_writer(self.folder / "tensorboard", step + 1)
 
