@@ -82,10 +82,12 @@ print(json.dumps(found))
 WITHOUT_MEDSD = (
     SHOW
     + """
-import importlib.util
+from contextlib import suppress
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 
-assert importlib.util.find_spec("medsd") is None
+with suppress(ImportError):
+    from medsd import MedSDPipeline
+    raise SystemExit("medsd is installed here")
 pipe = DiffusionPipeline.from_pretrained(where["pixels"], custom_pipeline=where["pixels"], trust_remote_code=True)
 found = {"pixels": shown(pipe, prompt) | {"nats": scored(pipe)}}
 found["sd"] = shown(StableDiffusionPipeline.from_pretrained(where["sd"]), prompt)
