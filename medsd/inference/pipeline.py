@@ -101,18 +101,18 @@ class MedSDPipeline(CalibratingMixin, ExplainingMixin, BoundMixin, DiffusionClas
     def _loaded(cls, name: str, options: dict[str, Any]) -> "MedSDPipeline":
         local = Path(name).exists() or not looks_like_hub_id(name)
         record = Path(name) if local else folders.download_record(name, options.get("revision"))
+        check_trust(record)
         if is_foreign(str(record)):
             return cls._from_foreign(load_foreign(name, options.get("revision")))
         info = folders.read_info(record)
         if info.base is not None:
-            check_trust(record)
             return cls._from_lora(record, info, options, local)
         if local:
             folders.check_folder(record)
             options = {"variant": folders.weights_variant(record)} | options
         else:
             record, options = cls._downloaded(name, options)
-        check_trust(record)
+            check_trust(record)
         pipe = super().from_pretrained(record, use_safetensors=True, record=None, **options)
         if options.keys().isdisjoint({"dtype", "torch_dtype"}):
             pipe.text_encoder.float()  # transformers keeps the precision of the files, where diffusers loads float32.
@@ -151,7 +151,7 @@ class MedSDPipeline(CalibratingMixin, ExplainingMixin, BoundMixin, DiffusionClas
         set_embeddings(pipe.tokenizer, pipe.text_encoder, embeddings)
         if (run / "vae").is_dir():
             pipe.register_modules(vae=load_vae(str(run)))
-        pipe.load_lora_weights(run, weight_name=folders.LORA_FILE)
+        pipe.load_lora_weights(run, weight_name=folders.LORA_FILE, use_safetensors=True)
         pipe.unet.register_to_config(sample_size=info.data.resolution // build_codec(info.codec, pipe.vae).factor)
         pipe.info, pipe.folder = info, run
         return pipe

@@ -11,10 +11,12 @@ from typing import Any
 from medsd.errors import InputError
 
 LIBRARIES = frozenset({"diffusers", "transformers"})
-PARTS = ("unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler", "learned_embeds")
+PARTS = ("unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler", "learned_embeds", "models", "configs")
 WEIGHTS = ("unet", "vae", "text_encoder")
 CODE = frozenset({"auto_map", "attn_implementation", "_attn_implementation", "quantization_config"})
 """Keys of a config behind which transformers fetches code, or packages that run it."""
+VOCABULARY = ("vocab_file", "merges_file", "tokenizer_file")
+"""Keys of a tokenizer's config that some versions of transformers follow to a file anywhere."""
 REMEDY = "take the model from another place"
 
 
@@ -26,15 +28,25 @@ def check_trust(folder: Path) -> None:
         if path.is_symlink() and not _inside(path, folder):
             raise InputError(f"{folder}: {_shown(path, folder)} is a link to a place outside the folder: {REMEDY}")
     _check_index(folder)
-    for file in [file for file in files if ".index." in file.name and file.suffix == ".json"]:
-        for name in set(_strings_in(_read(file, folder).get("weight_map"))):
-            if PurePath(name).name != name or name in {"..", "."}:
-                raise InputError(f"{folder}: {_shown(file, folder)} names a file outside its folder: {REMEDY}")
-    for file in [file for file in files if file.name.endswith("config.json")]:
-        for key in CODE.intersection(_read(file, folder)):
-            raise InputError(f"{folder}: {_shown(file, folder)} asks for code of its own ({key}), which is never run: {REMEDY}")
-    for file in [file for file in files if file.name == "adapter_config.json"]:
-        raise InputError(f"{folder}: {_shown(file, folder)} leads to a model outside the folder: {REMEDY}")
+    for file in files:
+        if problem := _problem(file, folder):
+            raise InputError(f"{folder}: {_shown(file, folder)} {problem}: {REMEDY}")
+
+
+def _problem(file: Path, folder: Path) -> str | None:
+    """What is wrong with a part's record of names and values."""
+    if file.name == "adapter_config.json":
+        return "leads to a model outside the folder"
+    if file.match("*.index.*json"):
+        names = _strings_in(_read(file, folder).get("weight_map"))
+        return "names a file outside its folder" if any(PurePath(name).name != name or name in {"..", "."} for name in names) else None
+    if not file.name.endswith("config.json"):
+        return None
+    config = _read(file, folder)
+    if key := next(iter(CODE.intersection(config)), None):
+        return f"asks for code of its own ({key}), which is never run"
+    named = [file.parent / value for key, value in config.items() if key in VOCABULARY and isinstance(value, str)]
+    return "names a file outside its folder" if any(path.exists() and not _inside(path, folder) for path in named) else None
 
 
 def _check_index(folder: Path) -> None:

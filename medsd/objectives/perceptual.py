@@ -68,7 +68,7 @@ class PretrainedFeatures(nn.Module):
         from transformers import AutoModel
 
         try:
-            model = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
+            model = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise InputError(f"--perceptual_model {name}: no vision model of transformers there ({str(error).splitlines()[0]})") from error
         if not hasattr(model.config, "num_channels") or model.config.num_channels != 3:
