@@ -18,6 +18,7 @@ CODE = frozenset({"auto_map", "attn_implementation", "_attn_implementation", "qu
 VOCABULARY = ("vocab_file", "merges_file", "tokenizer_file")
 """Keys of a tokenizer's config that some versions of transformers follow to a file anywhere."""
 REMEDY = "take the model from another place"
+CONVERT = "if you trust it, convert it with diffusers' save_pretrained"
 
 
 def check_trust(folder: Path) -> None:
@@ -60,7 +61,7 @@ def _check_index(folder: Path) -> None:
     for part in WEIGHTS:
         there = [file.suffix for file in (folder / part).glob("*") if file.is_file()]
         if index.get(part, [None])[0] and ".safetensors" not in there and {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack"} & set(there):
-            raise InputError(f"{folder}: {part}/ holds pickled weights and no safetensors, and a pickle can run code: {REMEDY}")
+            raise InputError(f"{folder}: {part}/ holds pickled weights and no safetensors, and a pickle can run code: {CONVERT}")
 
 
 def _inside(path: Path, folder: Path) -> bool:
