@@ -510,5 +510,5 @@ def test_planted_code_is_not_executed(pipe, tmp_path):
     saved(vit(), coded)
     (coded / "modeling.py").write_text(PROGRAM.format(path=str(trap)))
     change_json(coded / "config.json", auto_map={"AutoConfig": "modeling.Config", "AutoModel": "modeling.Model"}, model_type="mine")
-    refused(pipe, coded, "asks for code of its own (auto_map)")
+    refused(pipe, coded, "asks for code of its own")
     assert not trap.exists()
