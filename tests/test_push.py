@@ -2,10 +2,8 @@
 
 import ast
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import fields
 
@@ -332,40 +330,19 @@ def test_imports_within_functions_and_comments(tmp_path, monkeypatch):
     assert "UNUSED" not in source and "import os" not in source and "medsd.b" not in source
 
 
-def test_plain_diffusers_runs_the_one_file_without_medsd(copied, phantom_data, tmp_path):
+def test_what_was_pushed_is_saved_as_it_was(copied, phantom_data, tmp_path):
+    """(What it says in plain diffusers is in test_push_shapes.py.)"""
     passed(copied)
     pushed = tmp_path / "pushed"
     for path, content in parcel(Outgoing(copied, phantom_data), "user/heads").items():
         (pushed / path).parent.mkdir(parents=True, exist_ok=True)
         (pushed / path).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    answer = subprocess.run([sys.executable, "-c", ALONE, str(pushed)], env=environment, capture_output=True, text=True, timeout=300)
-    assert answer.returncode == 0, answer.stderr
-    theirs = json.loads(answer.stdout.splitlines()[-1])
-    pipe = MedSDPipeline.from_pretrained(pushed)
-    pipe.set_progress_bar_config(disable=True)
-    image = pipe(class_name="epidural", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="source").images
-    scores = pipe.classify(list(image), mode="full", max_pairs=4)
-    assert theirs["names"] == pipe.class_names and theirs["image"] == image.tobytes().hex()
-    assert theirs["nats"] == scores.log_likelihoods.tolist() and theirs["prediction"] == scores.predictions
-    pipe.save_pretrained(tmp_path / "again")
-    assert "record" not in json.loads((tmp_path / "again" / "model_index.json").read_text())
-
-
-ALONE = """
-import json, sys
-sys.modules["medsd"] = None
-import torch
-from diffusers import DiffusionPipeline
-
-folder = sys.argv[1]
-pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
-pipe.set_progress_bar_config(disable=True)
-image = pipe(class_name="epidural", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="source").images
-scores = pipe.classify(list(image), mode="full", max_pairs=4)
-told = {"names": pipe.class_names, "image": image.tobytes().hex(), "nats": scores.log_likelihoods.tolist()}
-print(json.dumps(told | {"prediction": scores.predictions}))
-"""
+    MedSDPipeline.from_pretrained(pushed).save_pretrained(tmp_path / "again")
+    index = json.loads((pushed / "model_index.json").read_text())
+    assert index.pop("record") == json.loads((tmp_path / "again" / "medsd.json").read_text())
+    again = json.loads((tmp_path / "again" / "model_index.json").read_text())
+    assert index == {name: value for name, value in again.items() if name != "_name_or_path"}
+    assert weights_sha256(tmp_path / "again") == weights_sha256(pushed)
 
 
 def test_links_and_foreign_files_do_not_travel(copied, phantom_data, tmp_path):

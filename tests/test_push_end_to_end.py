@@ -24,12 +24,14 @@ from medsd.commandline import parse
 from medsd.config import FinetuneUNetConfig, FinetuneVAEConfig
 from recipes import finetune_unet, finetune_vae
 
+LORA = ["--pretrained_model_name_or_path", "user/base", "--rank", "2", "--lora_alpha", "6"]
 data, work, *quick = sys.argv[1:]
 runs = {
     "pixels": (finetune_unet, FinetuneUNetConfig, ["--push_checkpoints"]),
     "vae": (finetune_vae, FinetuneVAEConfig, []),
     "sd": (finetune_unet, FinetuneUNetConfig, ["--vae", f"{work}/vae"]),
-    "lora": (finetune_unet, FinetuneUNetConfig, ["--pretrained_model_name_or_path", "user/base", "--rank", "2", "--lora_alpha", "6"]),
+    "lora": (finetune_unet, FinetuneUNetConfig, LORA),
+    "own": (finetune_unet, FinetuneUNetConfig, [*LORA, "--vae", f"{work}/vae"]),
 }
 for name, (recipe, config, flags) in runs.items():
     words = ["--dataset_name", data, "--output_dir", f"{work}/{name}", "--push_to_hub", "--hub_model_id", f"user/{name}", *quick, *flags]
@@ -41,10 +43,10 @@ SHOW = """
 import hashlib, json, sys
 import torch
 
-def shown(pipe, prompt):
+def shown(pipe, prompt, **size):
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "guidance_scale": 1.0, "output_type": "latent"}
-    latents = pipe(prompt=prompt, **options).images
+    latents = pipe(prompt=prompt, **options, **size).images
     return {"weights": weights(pipe), "latents": hashlib.sha256(latents.numpy().tobytes()).hexdigest()}
 
 def weights(pipe):
@@ -62,7 +64,7 @@ def scored(pipe):
     noise = torch.randint(0, 80, (2, 1, 32, 32), generator=torch.Generator().manual_seed(1)).numpy().astype("int16")
     return pipe.classify(list(noise), mode="full", max_pairs=4).log_likelihoods.tolist()
 
-where = {name: place for name, place in zip(("pixels", "sd", "lora", "vae"), sys.argv[1:])}
+where = {name: place for name, place in zip(("pixels", "sd", "lora", "own", "vae"), sys.argv[1:])}
 prompt = "a head CT with <epidural>"
 """
 WITH_MEDSD = (
@@ -72,7 +74,7 @@ from medsd import MedSDPipeline
 from medsd.models.autoencoders import load_vae
 
 found = {}
-for name in ("pixels", "sd", "lora"):
+for name in ("pixels", "sd", "lora", "own"):
     pipe = MedSDPipeline.from_pretrained(where[name])
     found[name] = shown(pipe, prompt) | {"nats": scored(pipe)}
 found["vae"] = digest(load_vae(where["vae"]).state_dict())
@@ -91,11 +93,13 @@ with suppress(ImportError):
 pipe = DiffusionPipeline.from_pretrained(where["pixels"], custom_pipeline=where["pixels"], trust_remote_code=True)
 found = {"pixels": shown(pipe, prompt) | {"nats": scored(pipe)}}
 found["sd"] = shown(StableDiffusionPipeline.from_pretrained(where["sd"]), prompt)
-pipe = StableDiffusionPipeline.from_pretrained("user/base")
-pipe.load_lora_weights(where["lora"], weight_name="pytorch_lora_weights.safetensors")
-for token in ("normal", "epidural", "subdural", "subarachnoid", "intraparenchymal", "intraventricular"):
-    pipe.load_textual_inversion(where["lora"], weight_name=f"learned_embeds/{token}.safetensors")
-found["lora"] = shown(pipe, prompt)
+for name in ("lora", "own"):
+    parts = {"vae": AutoencoderKL.from_pretrained(where[name], subfolder="vae")} if name == "own" else {}
+    pipe = StableDiffusionPipeline.from_pretrained("user/base", **parts)
+    pipe.load_lora_weights(where[name], weight_name="pytorch_lora_weights.safetensors")
+    for token in ("normal", "epidural", "subdural", "subarachnoid", "intraparenchymal", "intraventricular"):
+        pipe.load_textual_inversion(where[name], weight_name=f"learned_embeds/{token}.safetensors")
+    found[name] = shown(pipe, prompt, height=32, width=32)
 found["vae"] = digest(AutoencoderKL.from_pretrained(where["vae"]).state_dict())
 print(json.dumps(found))
 """
@@ -104,7 +108,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def world(phantom_data, tmp_path_factory):
-    """A Hub with a base model of others, and four runs that were pushed to it."""
+    """A Hub with a base model of others, and five runs that were pushed to it."""
     work = tmp_path_factory.mktemp("world")
     info = load_info(phantom_data)
     base = pipeline(info.with_words(), small_vae(1))
@@ -128,7 +132,7 @@ def python(server, cache, script, *words, interpreter=sys.executable, cwd=REPOSI
 @pytest.mark.slow
 def test_what_was_pushed(world):
     server, work, done = world
-    for name in ("pixels", "vae", "sd", "lora"):
+    for name in ("pixels", "vae", "sd", "lora", "own"):
         repository = server.repositories[f"models/user/{name}"]
         local = {path.relative_to(work / name).as_posix(): path.read_bytes() for path in (work / name).rglob("*.safetensors")}
         sent = {path: content for path, content in repository.files.items() if path.endswith(".safetensors")}
@@ -155,7 +159,7 @@ def test_each_checkpoint_has_a_branch_that_says_that_nobody_audited_it(world):
 @pytest.mark.slow
 def test_it_comes_back_as_it_was(world, tmp_path):
     server, work, _ = world
-    names = ("pixels", "sd", "lora", "vae")
+    names = ("pixels", "sd", "lora", "own", "vae")
     here, there = (
         json.loads(python(server, tmp_path / kind, WITH_MEDSD, *(f"{place}/{name}" for name in names)).stdout)
         for kind, place in (("here", work), ("there", "user"))
@@ -168,5 +172,8 @@ def test_it_comes_back_as_it_was(world, tmp_path):
     words = (f"user/{name}" for name in names)
     without = json.loads(python(server, tmp_path / "without", WITHOUT_MEDSD, *words, interpreter=plain, cwd=tmp_path).stdout)
     assert without["pixels"] == here["pixels"] and without["vae"] == here["vae"]
-    assert all(without[name]["latents"] == here[name]["latents"] for name in ("sd", "lora"))
-    assert all(without[name]["weights"]["unet"] == here[name]["weights"]["unet"] for name in ("sd", "lora"))
+    assert all(without[name]["latents"] == here[name]["latents"] for name in ("sd", "lora", "own"))
+    assert all(without[name]["weights"]["unet"] == here[name]["weights"]["unet"] for name in ("sd", "lora", "own"))
+    assert (
+        without["own"]["weights"]["vae"] == here["own"]["weights"]["vae"] == here["sd"]["weights"]["vae"] != here["lora"]["weights"]["vae"]
+    )

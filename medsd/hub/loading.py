@@ -52,6 +52,8 @@ def _plain_loading(facts: Facts, at: str) -> str:
     lines += [
         f'pipe.load_textual_inversion("{facts.name}", weight_name="{_embedding(token)}"{at})' for token in facts.of_data["class_tokens"]
     ]
+    side = facts.of_data["resolution"]
+    lines.append(f'pipe("{facts.of_data["prompts"][0]}", height={side}, width={side}).images')
     return "\n".join([*lines, ""])
 
 
