@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from medsd import MedSDPipeline
 from medsd.config import FinetuneUNetConfig, PushConfig
-from medsd.data.dataset import DataInfo
+from medsd.data.dataset import DataInfo, load_info
 from medsd.data.hypotheses import Hypotheses
 from medsd.errors import InputError
 from medsd.hub.contents import INFO_KEYS, collect, weights_sha256
@@ -24,7 +24,9 @@ from medsd.hub.standalone import in_one_file, pipeline_source
 from medsd.inference.auditor import audit_folder
 from medsd.inference.calibration import Calibration
 from medsd.inference.info import Base, PipelineInfo
+from medsd.training.pushing import Destination, check_destination
 from recipes import push
+from tests.card_numbers import BY_CLASS, BY_SUBGROUP, CALIBRATION, CLASSIFICATION, GENERATED, assert_numbers, tables
 from tests.hub_server import card_errors, front_of
 from tests.test_finetune_vae import train as train_vae
 from tests.test_recipes import train
@@ -98,6 +100,22 @@ def test_weights_without_an_audit_stay(copied, phantom_data):
         parcel(Outgoing(copied, phantom_data), "user/heads")
     card = text_of(parcel(Outgoing(copied, phantom_data, skip_audit=True), "user/heads")["README.md"])
     assert "Not audited for copies of training images" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "looked"),
+    [
+        ({"sampling": {"num_inference_steps": 1}}, "64 images of 1 steps; 64 of 20 steps at least count"),
+        ({"samples": 10, "held_out": 50}, "10 images of 30 steps; 64 of 20 steps at least count"),
+    ],
+    ids=["noise", "few"],
+)
+def test_an_audit_that_looked_at_little_does_not_count(copied, phantom_data, changes, looked):
+    passed(copied)
+    record = json.loads((copied / "audit.json").read_text())
+    (copied / "audit.json").write_text(json.dumps(record | {"samples": 64} | changes))
+    with pytest.raises(InputError, match=looked):
+        parcel(Outgoing(copied, phantom_data), "user/heads")
 
 
 def test_a_failed_audit_closes_the_gate(copied, phantom_data):
@@ -176,6 +194,7 @@ def test_an_autoencoder_is_audited_by_its_reconstructions(vae, phantom_data):
     assert "reconstructions.png" not in found and "diffusion_pytorch_model.safetensors" in found
     card = text_of(found["README.md"])
     psnr = json.loads((vae / "metrics.json").read_text())["psnr"]
+    assert_numbers(card, json.loads((vae / "metrics.json").read_text()), json.loads((vae / "audit.json").read_text()), [], "autoencoder")
     assert f"| PSNR, decibels | {psnr:.3f} |" in card and "54 reconstructions of held-out images" in card
     assert "AutoencoderKL.from_pretrained" in card and card_errors(card, "model") == []
 
@@ -222,31 +241,29 @@ def test_the_card_says_what_the_records_say(copied, phantom_data, tmp_path):
     assert values == {name: metrics[name] for name in ("auroc", "balanced_accuracy", "ece", "nll", "fid", "kid")}
     assert "| AUROC | 0.877 [0.700, 0.912] |" in card and "| FID | 27.861 [13.500, 45.500] | 1.626 |" in card
     assert "| sex | F | 20 | 12 | 0.850 [0.600, 0.950] |  |  |  |" in card and "| epidural | 0.900 |" in card
-    assert known_numbers(card) <= rounded(metrics, json.loads((copied / "audit.json").read_text()))
+    sent, audit = json.loads(text_of(found["metrics.json"])), json.loads(text_of(found["audit.json"]))
+    assert_numbers(card, sent, audit, json.loads((copied / "medsd.json").read_text())["data"]["class_names"])
 
 
-def known_numbers(card):
-    """Every number with decimals in the tables and sentences of a card."""
-    body = card.split("---\n", 2)[2]
-    return set(re.findall(r"(?<![\w.])\d+\.\d{3}(?![\w.])", body))
-
-
-def rounded(*records):
-    """Every number in the records, as a card prints it."""
-    found = set()
-
-    def walk(value):
-        if isinstance(value, dict):
-            for inner in value.values():
-                walk(inner)
-        elif isinstance(value, list):
-            for inner in value:
-                walk(inner)
-        elif isinstance(value, float):
-            found.add(f"{value:.3f}")
-
-    walk(list(records))
-    return found
+def test_every_number_stands_in_its_place(copied, phantom_data, tmp_path):
+    passed(copied)
+    classes = json.loads((copied / "medsd.json").read_text())["data"]["class_names"]
+    names = [*CLASSIFICATION.values(), *CALIBRATION.values(), *GENERATED.values(), *(f"{name}_floor" for name in GENERATED.values())]
+    names += [f"{stem}/{name}" for stem in BY_CLASS for name in classes]
+    metrics = {name: (index + 1) / 1000 for index, name in enumerate(names)}
+    metrics |= {f"{name}_ci": [value - 0.0005, value + 0.5] for name, value in metrics.items()}
+    row = {name: 0.9 + index / 100 for index, name in enumerate(BY_SUBGROUP)}
+    subgroups = [{"column": "sex", "value": sex, "n": n, "patients": n - 1} | row for sex, n in (("F", 40), ("M", 30))]
+    told = {"n": 36, "n_real": 35, "n_generated": 12, "extractor": "unet", "split": "test", "subgroups": subgroups, "rows_per_image": 87.5}
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "metrics.json").write_text(json.dumps(metrics | told | {"weights_sha256": weights_sha256(copied)}))
+    card = text_of(parcel(Outgoing(copied, phantom_data, tmp_path / "report"), "user/heads")["README.md"])
+    assert len(tables(card)["By class"]) == 6 and len(tables(card)["Classification"]) == 9
+    assert_numbers(card, metrics | told, json.loads((copied / "audit.json").read_text()), classes)
+    assert "36 images of the test split" in card and "87.500 rows" in card and "12 generated against 35 real images" in card
+    swapped = metrics | told | {"auroc": metrics["nll"], "nll": metrics["auroc"]}
+    with pytest.raises(AssertionError):
+        assert_numbers(card, swapped, None, classes)
 
 
 def test_a_report_of_other_weights_stays(copied, phantom_data, tmp_path, capsys):
@@ -273,6 +290,31 @@ def test_adapters_of_a_local_base_are_refused_and_merged(run, phantom_data, tmp_
     images = [torch.randint(0, 80, (1, 32, 32)).numpy().astype("int16")]
     ours, theirs = (some.classify(images, mode="full", max_pairs=4).log_likelihoods for some in (pipe, merged))
     assert abs(ours - theirs).max() < 1e-2
+
+
+def test_merged_adapters_keep_an_audit_that_failed(run, phantom_data, tmp_path):
+    lora = train(phantom_data, tmp_path / "lora", pretrained_model_name_or_path=str(run), rank=2)
+    flags = {"pipeline": str(lora), "merge_lora": True, "audit_samples": 64, "dry_run": True}
+    push.main(PushConfig(**flags))
+    merged = tmp_path / "lora_merged"
+    record = json.loads((merged / "audit.json").read_text()) | {"verdict": "failed", "copies": 2}
+    (merged / "audit.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="failed its audit"):
+        push.main(PushConfig(**flags))
+
+
+def test_data_that_is_gone_is_not_asked_for_on_the_hub(copied, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(re.sub(r"dataset_name: .*", "dataset_name: runs/data", config))
+    with pytest.raises(InputError, match=r"runs/data: the data that .*unet was trained on is not there; name it with --dataset_name"):
+        push.main(PushConfig(pipeline=str(copied)))
+
+
+def test_a_destination_is_checked_before_the_training(phantom_data, tmp_path):
+    info = load_info(phantom_data)
+    with pytest.raises(InputError, match="hf auth login"):
+        check_destination(Destination("user/heads"), info, str(phantom_data))
 
 
 def test_checkpoints_go_to_private_repositories_only():

@@ -1,5 +1,6 @@
 """Two hundred planted identities and paths, through preparing, training, scoring, reporting and pushing: a Hub receives none of them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.card_numbers import assert_numbers
 from tests.conftest import REPOSITORY
-from tests.hub_server import TOKEN, hub
+from tests.hub_server import TOKEN, card_errors, hub
 from tests.test_privacy import Planter, contents, found_in, needles, noise, places, save_png
 
 IMAGES = 48
@@ -73,6 +75,12 @@ def test_a_hub_receives_no_planted_identity_and_no_path(tmp_path):
         assert not found_in("\n".join(server.requests).encode(), wanted)
         assert not found_in(b"\n".join(server.received), wanted)
         assert TOKEN not in said
+        card, metrics, audit, info = (
+            server.repositories["models/user/unet"].files[name] for name in ("README.md", "metrics.json", "audit.json", "medsd.json")
+        )
+        assert json.loads(metrics) == json.loads((report / "metrics.json").read_text()) | {"subgroups": json.loads(metrics)["subgroups"]}
+        assert_numbers(card.decode(), json.loads(metrics), json.loads(audit), json.loads(info)["data"]["class_names"])
+        assert card_errors(card.decode(), "model") == []
 
 
 @pytest.mark.slow
