@@ -33,6 +33,8 @@ UPLOAD_LIMIT_MB = 512
 SESSIONS = 16
 """Of which the server keeps the dropped image; the oldest ones are forgotten first."""
 MOST_STEPS = 100
+MOST_WAITING = 32
+"""Visitors in the queue; the next one is told to come back."""
 
 
 def main(config: AppConfig) -> None:
@@ -80,7 +82,7 @@ def serve(page: "gradio.Blocks", config: AppConfig) -> None:
 
     from medsd.report.fragments import stylesheet
 
-    _, here, elsewhere = page.launch(
+    _, here, elsewhere = page.queue(max_size=MOST_WAITING).launch(
         server_name=config.server_name,
         server_port=config.server_port,
         share=config.share,

@@ -114,15 +114,14 @@ def build_autoencoder(config: FinetuneVAEConfig, info: "DataInfo") -> Any:
 
 def build_distance(config: FinetuneVAEConfig) -> "WeightedSum":
     """Element-wise error, plus the distance of features."""
-    from medsd.models.trust import check_trust
+    from medsd.models.trust import trusted_folder
     from medsd.objectives.autoencoder import WeightedSum, reconstruction_error
     from medsd.objectives.perceptual import perceptual_distance
 
     parts = [(1.0, partial(reconstruction_error, loss_type=config.loss_type))]
     if config.perceptual_weight:
-        if config.perceptual_model is not None:
-            check_trust(Path(config.perceptual_model))
-        parts.append((config.perceptual_weight, perceptual_distance(config.perceptual_model)))
+        model = None if config.perceptual_model is None else str(trusted_folder(config.perceptual_model))
+        parts.append((config.perceptual_weight, perceptual_distance(model)))
     return WeightedSum(parts)
 
 

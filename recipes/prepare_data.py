@@ -29,9 +29,12 @@ def main(config: PrepareDataConfig) -> None:
     from medsd.data.prepare import PHANTOM_RESOLUTION, PrepareOptions, load_salt, prepare, prepare_phantom
     from medsd.data.survey import survey
     from medsd.errors import InputError
+    from medsd.hub.dataset import check_public, push_dataset
     from medsd.output import check_output
 
     output_dir = Path(config.output_dir)
+    if config.push_to_hub:
+        check_public(config.hub_private_repo, config.confirm_public_data)
     if not config.dry_run:
         check_output(output_dir, config.overwrite, recipe="prepare_data.py")
         inside = config.data_dir and output_dir.resolve().is_relative_to(Path(config.data_dir).resolve())
@@ -79,9 +82,7 @@ def main(config: PrepareDataConfig) -> None:
             raise
     report(summary, output_dir, options.resolution)
     if config.push_to_hub:
-        from medsd.hub.dataset import push_dataset
-
-        print(f"pushed to {push_dataset(output_dir, config.hub_dataset_id, private=config.hub_private_repo)}")
+        print(f"pushed to {push_dataset(output_dir, config.hub_dataset_id, config.hub_private_repo, config.confirm_public_data)}")
 
 
 def read_collection(config: PrepareDataConfig) -> "Collection":

@@ -8,6 +8,7 @@ The first says what would be sent, and sends nothing.
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from medsd.commandline import run
@@ -21,15 +22,15 @@ if TYPE_CHECKING:
 def main(config: PushConfig) -> None:
     """Look whether it may leave, and send it."""
     from medsd.hub.model import push_model
-    from medsd.hub.upload import Target
+    from medsd.hub.upload import Target, check_sign_in
     from medsd.runtime import quiet_libraries
 
     quiet_libraries()
-    outgoing = prepare(config)
     if config.dry_run or config.hub_model_id is None:
-        return say(outgoing, config.hub_model_id)
+        return say(prepare(config), config.hub_model_id)
     target = Target(config.hub_model_id, private=config.hub_private_repo, revision=config.revision)
-    print(f"pushed to {push_model(outgoing, target)}")
+    check_sign_in(target)
+    print(f"pushed to {push_model(prepare(config), target)}")
 
 
 def prepare(config: PushConfig) -> "Outgoing":
@@ -49,11 +50,12 @@ def prepare(config: PushConfig) -> "Outgoing":
         print(f"auditing {folder} with {config.audit_samples} images", flush=True)
         audit_folder(folder, str(data), config.audit_samples, start_processes().device)
     report = Path(config.report) if config.report else folder.with_name("report")
-    return Outgoing(folder, data, report, config.license, config.skip_audit)
+    return Outgoing(folder, data, report, config.license, config.skip_audit, confirmed=config.confirm_public_data)
 
 
 def merged(folder: Path) -> Path:
     """`FOLDER_merged`: the LoRA run as a whole pipeline, with the records of its training."""
+    from medsd.hub.contents import known_sha256
     from medsd.inference.folder import copy_records
     from medsd.inference.pipeline import MedSDPipeline
 
@@ -62,9 +64,15 @@ def merged(folder: Path) -> Path:
         raise InputError(f"--merge_lora: {folder} is no LoRA run; leave the flag away")
     pipe.merge_lora()
     made = folder.with_name(f"{folder.name}_merged")
-    pipe.save_pretrained(made)
-    copy_records(folder, made)
-    print(f"merged into {made}")
+    with TemporaryDirectory() as work:
+        pipe.save_pretrained(Path(work) / made.name)
+        there = known_sha256(made)
+        if made.exists() and there != known_sha256(Path(work) / made.name):
+            raise InputError(f"--merge_lora: {made} holds something else already; move it away")
+    if not made.exists():
+        pipe.save_pretrained(made)
+        copy_records(folder, made)
+        print(f"merged into {made}")
     return made
 
 

@@ -63,6 +63,16 @@ def expected_tables(metrics, classes, kind="pipeline"):
     return {section: rows for section, rows in found.items() if rows}
 
 
+def assert_data(card, summary):
+    """The table of the data is what `summary.json` counted."""
+    splits = ("train", "validation", "test")
+    names = list(summary["classes"]["train"])
+    counted = [[name, *(str(summary["classes"][split][name]) for split in splits)] for name in names]
+    counted += [[what, *(str(summary[what][split]) for split in splits)] for what in ("images", "patients")]
+    assert tables(card)["Data"] == counted
+    assert all(f"{rule} ({count} images)" in card for rule, count in summary["patient_rule"].items())
+
+
 def assert_numbers(card, metrics, audit, classes, kind="pipeline"):
     """Each number of the card's tables, front matter and audit is the one in the records."""
     of_records, others = expected_tables(metrics, classes, kind), {"Data", "Training"}

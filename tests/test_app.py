@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -367,6 +368,9 @@ def test_a_visit(address, dicom, tmp_path, width, dark):
         press(browser, "Classify")
         says(browser, "Red speaks for")
         assert browser.run("document.querySelectorAll('.medsd-bars li').length") == 6 and not spills(browser)
+        picture = Path(os.environ.get("MEDSD_PICTURES", tmp_path)) / f"classified_{width}.png"
+        browser.picture(picture)
+        assert Image.open(picture).width == width and len(set(Image.open(picture).convert("RGB").resize((64, 64)).getdata())) > 50
         assert not [file for file in (folder / "uploads").rglob("*") if file.is_file() and file.stat().st_size]
         browser.run("window.scrollTo(0, 10000)")
         assert browser.run("document.querySelector('.medsd-warning').getBoundingClientRect().top") == 0, "it is seen wherever one is"

@@ -155,17 +155,20 @@ def test_images_are_judged_in_the_pipeline_s_classes(pipe, phantom_data, tmp_pat
 
 def test_an_audit_of_fewer_samples_replaces_none_of_more(tmp_path):
     sampling = {"num_inference_steps": 30}
-    audit = {"weights_sha256": "a", "samples": 48, "held_out": 48, "verdict": "passed", "sampling": sampling}
+    audit = {"weights_sha256": "a", "samples": 80, "held_out": 48, "verdict": "passed", "sampling": sampling, "false_positive_rate": 0.01}
+    audit |= {"training_images": 9, "flagged": 0, "copies": 0, "membership_auroc": 0.5}
     assert replaces(audit, tmp_path)
     (tmp_path / "audit.json").write_text(json.dumps(audit))
-    assert replaces(audit, tmp_path) and not replaces(audit | {"samples": 12}, tmp_path)
+    assert replaces(audit, tmp_path) and not replaces(audit | {"samples": 70}, tmp_path)
     assert replaces(audit | {"samples": 12, "verdict": "failed"}, tmp_path)
     assert replaces(audit | {"samples": 12, "weights_sha256": "b"}, tmp_path)
     assert not replaces(audit | {"samples": 99, "sampling": {"num_inference_steps": 1}}, tmp_path), "an audit of noise"
     (tmp_path / "audit.json").write_text(json.dumps({"weights_sha256": "a", "samples": 99, "held_out": 48, "verdict": "passed"}))
     assert replaces(audit, tmp_path), "an older medsd did not say how images were drawn"
     (tmp_path / "audit.json").write_text(json.dumps(audit | {"verdict": "failed"}))
-    assert not replaces(audit, tmp_path) and replaces(audit | {"samples": 49}, tmp_path)
+    assert not replaces(audit, tmp_path) and replaces(audit | {"samples": 81}, tmp_path)
+    (tmp_path / "audit.json").write_text("{")
+    assert replaces(audit, tmp_path), "a damaged one"
 
 
 def test_rows_of_few_images_end_in_black(pipe, phantom_data, tmp_path):

@@ -198,6 +198,11 @@ def attention_from_the_hub(folder, outside, ran):
     edit(folder / "text_encoder" / "config.json", attn_implementation="someone/kernel")
 
 
+@hostile("sd", "code of its own (_attn_implementation)")
+def attention_from_the_hub_in_a_part_of_the_part(folder, outside, ran):
+    edit(folder / "text_encoder" / "config.json", text_config={"_attn_implementation": "someone/kernel"})
+
+
 @hostile("sd", "code of its own (quantization_config)")
 def quantization_of_others(folder, outside, ran):
     edit(folder / "unet" / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
@@ -448,15 +453,17 @@ FROM_THE_HUB = (
     "index_of_the_parent",
     "pickled_adapters",
     "scheduler_of_own_code",
+    "features_of_own_code",
 )
 LOAD = """
 import sys
 from medsd import MedSDPipeline
 from medsd.errors import InputError
+from medsd.models.vision import load_vision_model
 
 for name in sys.argv[1:]:
     try:
-        MedSDPipeline.from_pretrained(name)
+        (load_vision_model if "features" in name else MedSDPipeline.from_pretrained)(name)
     except InputError as error:
         print(" ".join([name, *str(error).split()]))
 """
@@ -474,14 +481,16 @@ def test_the_hub_gives_none_either(good, scene):
         edit(home / "lora" / "medsd.json", base=base | {"name": str(outside)})
         offer(server, "local_base", home / "lora")
         offer(server, "good", good / "sd")
+        offer(server, "good_features", good / "vision")
         watch.seen()
-        names = [f"someone/{name}" for name in (*FROM_THE_HUB, "local_base", "good")]
+        names = [f"someone/{name}" for name in (*FROM_THE_HUB, "local_base", "good", "good_features")]
         environment = os.environ | server.environment(home / "cache")
         done = subprocess.run(
             [sys.executable, "-c", LOAD, *names], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
         )
     said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    assert done.returncode == 0 and list(said) == names[:-1], done.stderr
+    assert done.returncode == 0 and list(said) == names[:-2], done.stderr
+    assert "asks for code of its own (auto_map)" in said["someone/features_of_own_code"]
     assert "on its maker's machine: ask for the merged model" in said["someone/local_base"]
     assert not ran.exists() and not watch.seen()
 

@@ -1,5 +1,6 @@
 """Pushing a prepared folder to a Hub, and what must never get there."""
 
+import io
 import json
 import os
 import shutil
@@ -8,12 +9,17 @@ import sys
 
 import pyarrow.parquet
 import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 from medsd.data.dataset import load_info
 from medsd.errors import InputError
 from medsd.hub.dataset import check_privacy, dataset_card, files_to_send, parcel_of, push_dataset
-from medsd.hub.privacy import Secrets
-from tests.hub_server import hub, read_card
+from medsd.hub.privacy import Secrets, scan
+from tests.hub_server import TOKEN, hub, read_card
 
 REPO = "user/heads"
 PUSH_AND_LOAD = """
@@ -41,7 +47,7 @@ for split in report["splits"]:
     report.setdefault("same", []).append([values(row) for row in load_dataset(repository, split)] == local)
     report.setdefault("streamed", []).append([values(row) for row in load_dataset(repository, split, streaming=True)] == local)
 report["plain"] = {split: part.num_rows for split, part in datasets.load_dataset(repository).items()}
-report["public"] = push_dataset(folder, "user/open", private=False)
+report["public"] = push_dataset(folder, "user/open", private=False, confirm_public_data=True)
 try:
     push_dataset(folder, "user/open")
 except InputError as error:
@@ -142,8 +148,50 @@ def test_what_counts_as_an_identity(tmp_path):
     assert secrets.kind_in("scan of AB12, left") == "patient's id" and secrets.kind_in("xab12y") is None
     assert secrets.kind_in("cafe0123deadbeef") == "patient's id" and secrets.kind_in("see doe-7!") == "name of a file or folder"
     assert secrets.kind_in("of doe_jane") == "name of a file or folder"
+    kinds = {"Nr 7471123": "patient's id"}
+    pyarrow.parquet.write_table(pyarrow.table({"file": ["x"], "patient": ["7471123"], "sop_uid": [None]}), tmp_path / "numbers.parquet")
+    numbers = Secrets.read(tmp_path / "numbers.parquet", [])
+    assert {text: numbers.kind_in(text) for text in kinds} == kinds and numbers.kind_in("7471123 images", prose=True) is None
     for harmless in ("0001", "glioma", "1.2", "00ab1200cd340000", "train-00001-of-00002.parquet"):
         assert secrets.kind_in(harmless) is None
+
+
+def test_numbers_in_headers_and_records_are_looked_at(tmp_path):
+    image = io.BytesIO()
+    noted = PngInfo()
+    noted.add_text("PatientID", "471123")
+    Image.new("L", (4, 4)).save(image, "PNG", pnginfo=noted)
+    save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"by": "471123"})
+    secrets = Secrets({6: {"471123": "patient's id"}, 9: {"471123456": "patient's id"}})
+    spoilt = {"figures/roc.png": image.getvalue(), "unet/model.safetensors": tmp_path / "model.safetensors"}
+    spoilt |= {"metrics.json": b'{"n": 471123456}', "config.yaml": b"finetune_unet:\n  seed: 471123456\n"}
+    for path, content in spoilt.items():
+        with pytest.raises(InputError, match="holds a patient's id"):
+            scan({path: content}, secrets, "take it out")
+    scan({"metrics.json": b'{"n": 471123}', "README.md": b"471123 images"}, secrets, "")
+    with pytest.raises(InputError, match="holds a token"):
+        scan({"README.md": b"key_hf_ABCDEFGHIJKLMNOPQRSTUV"}, secrets, "take it out")
+
+
+def test_a_shard_that_changes_under_the_scan_is_not_sent(data, monkeypatch, tmp_path):
+    def rewritten(folder, parcel):
+        check_privacy(folder, parcel)
+        shard = sorted((folder / "data").iterdir())[0]
+        shard.write_bytes(shard.read_bytes() + b" ")
+
+    monkeypatch.setattr("medsd.hub.dataset.check_privacy", rewritten)
+    with hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        with pytest.raises(InputError, match="has changed since it was looked through"):
+            push_dataset(data, "user/heads")
+        assert set(server.repositories["datasets/user/heads"].files) == {".gitattributes"}
+
+
+def test_a_public_data_set_is_confirmed_by_somebody(data):
+    with pytest.raises(InputError, match="a public data set needs --confirm_public_data"):
+        push_dataset(data, "user/heads", private=False)
 
 
 def test_other_files_do_not_travel(data):

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import fields
@@ -13,20 +14,24 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from medsd import MedSDPipeline
+from medsd.commandline import parse
 from medsd.config import FinetuneUNetConfig, PushConfig
 from medsd.data.dataset import DataInfo, load_info
 from medsd.data.hypotheses import Hypotheses
 from medsd.errors import InputError
 from medsd.hub.contents import INFO_KEYS, collect, weights_sha256
+from medsd.hub.facts import Facts
 from medsd.hub.gate import Outgoing
-from medsd.hub.model import parcel
+from medsd.hub.loading import loading
+from medsd.hub.model import parcel, push_model
 from medsd.hub.standalone import in_one_file, pipeline_source
+from medsd.hub.upload import Target
 from medsd.inference.auditor import audit_folder
 from medsd.inference.calibration import Calibration
 from medsd.inference.info import Base, PipelineInfo
 from medsd.training.pushing import Destination, check_destination
 from recipes import push
-from tests.card_numbers import BY_CLASS, BY_SUBGROUP, CALIBRATION, CLASSIFICATION, GENERATED, assert_numbers, tables
+from tests.card_numbers import BY_CLASS, BY_SUBGROUP, CALIBRATION, CLASSIFICATION, GENERATED, assert_data, assert_numbers, tables
 from tests.hub_server import card_errors, front_of
 from tests.test_finetune_vae import train as train_vae
 from tests.test_recipes import train
@@ -105,10 +110,12 @@ def test_weights_without_an_audit_stay(copied, phantom_data):
 @pytest.mark.parametrize(
     ("changes", "looked"),
     [
-        ({"sampling": {"num_inference_steps": 1}}, "64 images of 1 steps; 64 of 20 steps at least count"),
-        ({"samples": 10, "held_out": 50}, "10 images of 30 steps; 64 of 20 steps at least count"),
+        ({"sampling": {"num_inference_steps": 1}}, "64 images of 1 steps and"),
+        ({"samples": 10, "held_out": 50}, "10 images of 30 steps"),
+        ({"samples": 2, "held_out": 2}, "2 images of 30 steps"),
+        ({"held_out": 999, "false_positive_rate": 0.9}, r"a rate of false alarms of 0\.9; 64 of 20 steps at least, and 0\.01, count"),
     ],
-    ids=["noise", "few"],
+    ids=["noise", "few", "all of few", "lax"],
 )
 def test_an_audit_that_looked_at_little_does_not_count(copied, phantom_data, changes, looked):
     passed(copied)
@@ -266,6 +273,13 @@ def test_every_number_stands_in_its_place(copied, phantom_data, tmp_path):
         assert_numbers(card, swapped, None, classes)
 
 
+def test_the_card_counts_what_the_summary_counts(copied, phantom_data):
+    passed(copied)
+    card = text_of(parcel(Outgoing(copied, phantom_data), "user/heads")["README.md"])
+    assert_data(card, json.loads((phantom_data / "summary.json").read_text()))
+    assert len({tuple(row[1:]) for row in tables(card)["Data"]}) > 1
+
+
 def test_a_report_of_other_weights_stays(copied, phantom_data, tmp_path, capsys):
     passed(copied)
     (tmp_path / "report").mkdir()
@@ -292,6 +306,14 @@ def test_adapters_of_a_local_base_are_refused_and_merged(run, phantom_data, tmp_
     assert abs(ours - theirs).max() < 1e-2
 
 
+def test_merged_adapters_take_no_other_place(run, phantom_data, tmp_path):
+    lora = train(phantom_data, tmp_path / "lora", pretrained_model_name_or_path=str(run), rank=2)
+    shutil.copytree(run, tmp_path / "lora_merged")
+    with pytest.raises(InputError, match="lora_merged holds something else already; move it away"):
+        push.main(PushConfig(pipeline=str(lora), merge_lora=True))
+    assert weights_sha256(tmp_path / "lora_merged") == weights_sha256(run)
+
+
 def test_merged_adapters_keep_an_audit_that_failed(run, phantom_data, tmp_path):
     lora = train(phantom_data, tmp_path / "lora", pretrained_model_name_or_path=str(run), rank=2)
     flags = {"pipeline": str(lora), "merge_lora": True, "audit_samples": 64, "dry_run": True}
@@ -309,6 +331,55 @@ def test_data_that_is_gone_is_not_asked_for_on_the_hub(copied, tmp_path, monkeyp
     (copied / "config.yaml").write_text(re.sub(r"dataset_name: .*", "dataset_name: runs/data", config))
     with pytest.raises(InputError, match=r"runs/data: the data that .*unet was trained on is not there; name it with --dataset_name"):
         push.main(PushConfig(pipeline=str(copied)))
+
+
+def test_names_of_the_data_are_known_where_its_hub_id_is_named(copied, phantom_data):
+    """The folder that the training read is still here, and so is what may not be named."""
+    passed(copied)
+    outgoing = Outgoing(copied, "user/data")
+    assert outgoing.secrets().by_length == Outgoing(copied, phantom_data).secrets().by_length != {}
+    (copied / "config.yaml").unlink()
+    assert outgoing.secrets().by_length == {}
+
+
+@pytest.mark.parametrize("options", [{"skip_audit": True}, {"checkpoint": 2}])
+def test_what_nobody_audited_becomes_public_where_somebody_answers_for_it(copied, phantom_data, options):
+    with pytest.raises(InputError, match="needs --confirm_public_data"):
+        push_model(Outgoing(copied, phantom_data, **options), Target("user/heads", private=False))
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE"):
+        push_model(Outgoing(copied, phantom_data, **options, confirmed=True), Target("user/heads", private=False))
+
+
+def test_an_embedding_of_no_token_stays(copied, phantom_data):
+    passed(copied)
+    (copied / "learned_embeds").mkdir()
+    save_file({"<epidural>": torch.ones(4)}, copied / "learned_embeds" / "epidural.safetensors")
+    found = collect(copied)
+    assert "learned_embeds/epidural.safetensors" in found
+    shutil.copy(copied / "learned_embeds" / "epidural.safetensors", copied / "learned_embeds" / "PH00003.safetensors")
+    with pytest.raises(InputError, match=r"learned_embeds holds PH00003\.safetensors, which is of none of its class tokens"):
+        collect(copied)
+
+
+@pytest.mark.parametrize("base", [None, ("user/base", "main")])
+@pytest.mark.parametrize(("classes", "prompts"), [((), ()), (('a "b"', "c\\"), ('of "b"', "of c"))], ids=["unconditional", "quotes"])
+def test_what_the_card_tells_to_type_is_python(base, classes, prompts):
+    data = {"class_names": classes, "prompts": prompts, "class_tokens": [f"<{number}>" for number in range(len(classes))], "resolution": 32}
+    for kind, name in (
+        ("pipeline", "StableDiffusionPipeline"),
+        ("pipeline", "MedSDPipeline"),
+        ("lora", "lora"),
+        ("autoencoder", "VQModel"),
+    ):
+        said = loading(Facts("user/x", kind, name, {"data": data, "own_vae": True}, base=base, revision="v1"))
+        blocks = re.findall(r"```python\n(.*?)```", said, re.DOTALL)
+        assert blocks and all(ast.parse(block) for block in blocks)
+
+
+def test_a_push_that_failed_says_what_pushes_it_where_it_was_meant_to_go():
+    assert Destination("user/x").command == "python recipes/push.py --hub_model_id user/x"
+    public = parse(PushConfig, shlex.split(Destination("user/x", private=False).command)[2:])
+    assert public.hub_model_id == "user/x" and not public.hub_private_repo
 
 
 def test_a_destination_is_checked_before_the_training(phantom_data, tmp_path):

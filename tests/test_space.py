@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from medsd.errors import InputError
-from medsd.hub.space import push_space
+from medsd.hub.space import PACKAGE, push_space
 from tests.conftest import REPOSITORY
 from tests.hub_server import TOKEN, Fault, card_errors, front_of
 from tests.test_faults import client, server
@@ -46,6 +46,17 @@ def test_a_second_push_brings_it_up_to_date(server, client):
     push_space(APP, "user/others", "user/page")
     space = server.repositories["spaces/user/page"]
     assert "medsd/gone.py" not in space.files and space.variables == {"MEDSD_PIPELINE": "user/others"}
+
+
+def test_what_else_lies_in_a_checkout_stays(server, client):
+    scratch = PACKAGE / "scratch_of_this_test.py"
+    try:
+        scratch.write_text("PATIENTS = ['Doe']")
+        push_space(APP, "user/heads", "user/page")
+    finally:
+        scratch.unlink()
+    files = server.repositories["spaces/user/page"].files
+    assert "medsd/hub/space.py" in files and "medsd/report/app.css" in files and "medsd/scratch_of_this_test.py" not in files
 
 
 def test_a_page_with_a_token_is_refused(server, client, tmp_path):

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from medsd.config import RECIPES
 from medsd.data.phantom import write_phantom
 from tests import collection_layouts as layouts
 from tests.conftest import REPOSITORY
+from tests.hub_server import hub
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +29,7 @@ SMALLER = {
     "finetune_unet": TRAINING,
     "generate": ["--num_images", "2", "--num_inference_steps", "2"],
     "classify": ["--max_pairs", "4", "--max_samples", "12"],
-    "evaluate": ["--num_samples", "12", "--num_inference_steps", "2"],
+    "evaluate": ["--num_samples", "64", "--num_inference_steps", "20"],
 }
 """Flags that are typed behind those of the page, so they win."""
 HOW_TO = {
@@ -80,6 +83,8 @@ def test_the_tutorial(empty, capsys):
             exec(words[1].replace(HEADS, FEWER_HEADS), {})
         elif words[0] != "recipes/push.py" or "--dry_run" in words:
             type_in(words)
+        else:
+            pushing = words
     said = capsys.readouterr().out
     assert "patient from: PatientID (144 images)" in said and "files would be sent" in said
     for block in blocks("tutorial.md", "python"):
@@ -90,6 +95,19 @@ def test_the_tutorial(empty, capsys):
     assert json.loads((run / "unet" / "status.json").read_text())["state"] == "finished"
     assert {"auroc", "auroc_ci"} <= json.loads((run / "scores" / "metrics.json").read_text()).keys()
     assert json.loads((run / "unet" / "audit.json").read_text())["verdict"] == "passed"
+    elsewhere = re.search(r"```\n(from diffusers import DiffusionPipeline\n.*?)```", (DOCS / "tutorial.md").read_text(), re.DOTALL)[1]
+    with hub() as server:
+        options = {
+            "env": os.environ | server.environment(empty / "hub"),
+            "cwd": empty,
+            "capture_output": True,
+            "text": True,
+            "timeout": 300,
+        }
+        for words in (pushing, ["-c", elsewhere + "print(type(pipe).__name__, pipe.class_names)"]):
+            done = subprocess.run([sys.executable, *words], **options)
+            assert done.returncode == 0, done.stderr
+        assert "epidural" in done.stdout and server.repositories["models/user/name"].private
 
 
 def write_png_and_csv(folder):

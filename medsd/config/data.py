@@ -99,8 +99,6 @@ class PrepareDataConfig(RecipeConfig):
             raise InputError(f"--max_quarantine {self.max_quarantine} is not within 0 and 1")
         if self.push_to_hub and self.hub_dataset_id is None:
             raise InputError("--push_to_hub needs --hub_dataset_id user/name")
-        if self.push_to_hub and not self.hub_private_repo and not self.confirm_public_data:
-            raise InputError("a public data set needs --confirm_public_data: look at contact_sheet.png and summary.json first")
 
     def _check_flags_of_sources(self) -> None:
         """Refuse flags that this source would not look at."""

@@ -41,7 +41,5 @@ class PushConfig(RecipeConfig):
     def check(self) -> None:
         """And the rules of this recipe."""
         super().check()
-        if self.skip_audit and not self.hub_private_repo and not self.confirm_public_data:
-            raise InputError("a model that nobody audited can show patients: a public repository for it needs --confirm_public_data")
         if self.skip_audit and self.audit_samples is not None:
             raise InputError("--skip_audit and --audit_samples exclude each other: drop one")

@@ -7,6 +7,7 @@ back is already at the model's size, and says in whose unit it is.
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from medsd.errors import InputError
 
 SECONDS = 60.0
 """From one slice to the next."""
+MOST_SECONDS = 300.0
+"""For all of them."""
 MEMORY = 4 * 2**30
 """Bytes that decoding may take."""
 MOST_KEPT = 2**28
@@ -89,11 +92,11 @@ def _read_apart(path: Path, data: DataInfo) -> Upload:
 
 def read_upload(path: Path, data: DataInfo, announce: Announce = lambda step: None) -> Upload:
     """Every slice of a file at the model's size; a NIfTI volume's are axial. Raises InputError."""
-    options, slices, size = DecodeOptions(data.resolution, data.resize, slices="all"), [], 0
+    options, slices, size, end = DecodeOptions(data.resolution, data.resize, slices="all"), [], 0, monotonic() + MOST_SECONDS
     for number, decoded in enumerate(decode_row(Row(path.name, (path,)), options)):
         announce(number)
         size += decoded.image.nbytes
-        if size > MOST_KEPT:
+        if size > MOST_KEPT or monotonic() > end:
             raise InputError(f"{path.name}: more than {number} slices, too many for a look: cut out those that matter")
         if slices and decoded.image.shape != slices[0].image.shape:
             raise InputError(f"{path.name}: frames of {len(slices[0].image)} and of {len(decoded.image)} channels: save them apart")

@@ -153,6 +153,7 @@ def collect(folder: Path) -> dict[str, Content]:
     weights = weight_files(folder)
     for file in weights:
         safetensors_header(file)
+    check_embeddings(folder)
     found: dict[str, Content] = {_name(folder, file): file for file in weights}
     for file in [path for pattern in CONFIGS for path in _matching(folder, pattern)]:
         found[_name(folder, file)] = clean_json(file) if file.suffix == ".json" else file
@@ -193,6 +194,14 @@ def check_info(record: Mapping[str, Any], folder: Path) -> None:
     foreign += [f"{part}.{key}" for part, keys in INFO_KEYS.items() for key in (record.get(part) or {} if keys else {}) if key not in keys]
     if foreign:
         raise InputError(f"{folder / INFO} holds {foreign[0]}, which medsd did not write: take it out; nothing was sent")
+
+
+def check_embeddings(folder: Path) -> None:
+    """Raise InputError for a token's embedding that `medsd.json` knows no token for: its name could say anything."""
+    tokens = (read_json(folder / INFO).get("data") or {}).get("class_tokens", ())
+    known = {f"{token.strip('<>')}.safetensors" for token in tokens}
+    if foreign := [file.name for file in sorted((folder / EMBEDS).glob("*.safetensors")) if file.name not in known]:
+        raise InputError(f"{folder / EMBEDS} holds {foreign[0]}, which is of none of its class tokens: take it out; nothing was sent")
 
 
 def record_of(folder: Path, name: str) -> Path:

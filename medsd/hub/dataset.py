@@ -11,7 +11,7 @@ from typing import Any
 
 from medsd.errors import InputError
 from medsd.hub.markdown import cell, table
-from medsd.hub.privacy import Parcel, Secrets, scan
+from medsd.hub.privacy import Parcel, Secrets, scan, stamps
 from medsd.hub.upload import Target, upload
 
 TEXTS = ("medsd.json", "summary.json", "duplicates.jsonl", "quarantine.jsonl")
@@ -38,16 +38,24 @@ COLUMNS = {
 }
 
 
-def push_dataset(folder: Path, hub_dataset_id: str, private: bool = True) -> str:
+def push_dataset(folder: Path, hub_dataset_id: str, private: bool = True, confirm_public_data: bool = False) -> str:
     """Create or update the data set repository `user/name`, and return its URL.
 
     Raises InputError for a folder that prepare did not write or that holds other files, for an id or a name of `DATA.private`
-    in what would be sent, for a public repository where a private one is wanted, and where the Hub refuses.
+    in what would be sent, for a public repository where a private one is wanted or nobody confirmed it, and where the Hub refuses.
     """
+    check_public(private, confirm_public_data)
     parcel = parcel_of(folder, hub_dataset_id)
+    before = stamps(parcel)
     check_privacy(folder, parcel)
     target = Target(hub_dataset_id, "--hub_dataset_id", "dataset", private)
-    return upload(parcel, target, lambda path: path.startswith("data/"), "Upload data prepared by medsd")
+    return upload(parcel, target, lambda path: path.startswith("data/"), "Upload data prepared by medsd", before)
+
+
+def check_public(private: bool, confirmed: bool) -> None:
+    """Raise InputError for data of patients on its way to everybody, unless somebody answers for it."""
+    if not private and not confirmed:
+        raise InputError("a public data set needs --confirm_public_data: look at contact_sheet.png and summary.json first")
 
 
 def parcel_of(folder: Path, hub_dataset_id: str) -> Parcel:

@@ -1,21 +1,35 @@
 """The gate before the Hub: an audit of exactly these weights that passed, a base that others have, data whose names are known.
 
-The audit counts where it looked at enough images (`FEWEST_SAMPLES`, or all that were held out) that were drawn in earnest
-(`FEWEST_STEPS`): an audit of noise finds no copies.
+The audit counts where it looked at enough images (`FEWEST_SAMPLES`; of an autoencoder at most all that were held out) that were drawn in
+earnest (`FEWEST_STEPS`), and strictly (`RATE`): an audit of noise finds no copies, nor does one that takes them for false alarms.
 """
 
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from medsd.errors import InputError
-from medsd.hub.contents import INFO, read_json, weights_sha256
+from medsd.hub.contents import INFO, read_json, record_of, run_config, weights_sha256
 from medsd.hub.privacy import Secrets
 
 FEWEST_SAMPLES, FEWEST_STEPS = 64, 20
-SAID = ("samples", "held_out", "training_images", "flagged", "copies", "false_positive_rate", "verdict", "sampling", "membership_auroc")
+RATE = 0.01
+"""Share of images that are no copies which may be flagged, or the smallest that so few held-out images can vouch for."""
+SAID = (
+    "weights_sha256",
+    "samples",
+    "held_out",
+    "training_images",
+    "flagged",
+    "copies",
+    "false_positive_rate",
+    "verdict",
+    "sampling",
+    "membership_auroc",
+)
 """Of `audit.json`; one of an older medsd does not say all of it."""
 
 
@@ -34,6 +48,8 @@ class Outgoing:
     """Updates, of a model that had not finished its training."""
     named: Path | None = None
     """What to call the folder in messages, where `folder` is a copy."""
+    confirmed: bool = False
+    """Somebody answers for its being public, although nobody audited it."""
 
     @property
     def called(self) -> Path:
@@ -46,20 +62,31 @@ class Outgoing:
         data = f" --dataset_name {shlex.quote(str(self.data))}" if self.data else ""
         return f"python recipes/push.py --pipeline {shlex.quote(str(self.called))}{data} --audit_samples 256 --hub_model_id user/name"
 
-    def secrets(self) -> Secrets:
-        """What may not be named; nothing is known of data that others prepared."""
-        if not isinstance(self.data, Path):
-            return Secrets()
-        record, own = read_json(self.data / INFO), read_json(self.folder / INFO).get("data") or {}
-        if record.get("fingerprint") != own.get("fingerprint"):
-            raise InputError(f"{self.data} is not the data that {self.called} was trained on: name that with --dataset_name")
-        return Secrets.of(self.data, record["class_names"])
+    @cached_property
+    def weights_sha256(self) -> str:
+        """See `medsd.hub.contents.weights_sha256`; read once, since weights are large."""
+        return weights_sha256(self.folder)
 
+    @cached_property
     def audit(self) -> dict[str, Any] | None:
         """The audit of exactly these weights, passed or failed; None where there is none, and of a checkpoint, which has none."""
-        audit = read_json(self.folder / "audit.json")
-        own = self.checkpoint is None and audit.get("weights_sha256") == weights_sha256(self.folder)
-        return audit if own and all(name in audit for name in SAID) else None
+        audit = read_audit(self.folder)
+        return audit if audit and self.checkpoint is None and audit["weights_sha256"] == self.weights_sha256 else None
+
+    def secrets(self) -> Secrets:
+        """What may not be named. Nothing is known of data that others prepared; of data that came to the Hub from here, it is."""
+        data = self.data if isinstance(self.data, Path) else self._prepared_here()
+        if data is None:
+            return Secrets()
+        record, own = read_json(data / INFO), read_json(self.folder / INFO).get("data") or {}
+        if record.get("fingerprint") != own.get("fingerprint"):
+            raise InputError(f"{data} is not the data that {self.called} was trained on: name that with --dataset_name")
+        return Secrets.of(data, record["class_names"])
+
+    def _prepared_here(self) -> Path | None:
+        """The folder of this machine that the training read, where it is still there."""
+        named = run_config(record_of(self.folder, "config.yaml")).get("dataset_name")
+        return Path(named) if named and (Path(named) / INFO).is_file() else None
 
 
 def check_base(outgoing: Outgoing) -> None:
@@ -72,11 +99,17 @@ def check_base(outgoing: Outgoing) -> None:
         )
 
 
+def check_public(outgoing: Outgoing) -> None:
+    """Raise InputError for a model that nobody audited on its way to everybody."""
+    if (outgoing.skip_audit or outgoing.checkpoint is not None) and not outgoing.confirmed:
+        raise InputError("a model that nobody audited can show patients: a public repository for it needs --confirm_public_data")
+
+
 def check_audit(outgoing: Outgoing) -> None:
     """Raise InputError where the weights have no audit that counts, with the command that makes one, or have failed it."""
     if outgoing.skip_audit or outgoing.checkpoint is not None:
         return
-    audit = outgoing.audit()
+    audit = outgoing.audit
     if audit is None:
         there = (outgoing.folder / "audit.json").is_file()
         known = "its audit.json is of other weights, or of an older medsd" if there else "it has no audit.json"
@@ -90,11 +123,25 @@ def check_audit(outgoing: Outgoing) -> None:
     if not counts(audit):
         steps = audit["sampling"]["num_inference_steps"]
         looked = f"{audit['samples']} images" + (f" of {steps} steps" if steps is not None else "")
-        wanted = f"{FEWEST_SAMPLES} of {FEWEST_STEPS} steps at least"
+        looked += f" and a rate of false alarms of {audit['false_positive_rate']:g}"
+        wanted = f"{FEWEST_SAMPLES} of {FEWEST_STEPS} steps at least, and {_strictest(audit):g},"
         raise InputError(f"{outgoing.called} was audited with {looked}; {wanted} count. Nothing was sent; type {outgoing.audit_command}")
 
 
 def counts(audit: Mapping[str, Any]) -> bool:
-    """Whether an audit looked at enough images that were drawn in earnest; steps are None of images that are not drawn."""
-    steps = (audit.get("sampling") or {}).get("num_inference_steps", 0)
-    return audit["samples"] >= min(FEWEST_SAMPLES, audit["held_out"]) and (steps is None or steps >= FEWEST_STEPS)
+    """Whether an audit looked, strictly, at enough images that were drawn in earnest; steps are None of images that are not drawn."""
+    steps = audit["sampling"]["num_inference_steps"]
+    fewest = min(FEWEST_SAMPLES, audit["held_out"]) if steps is None else FEWEST_SAMPLES
+    drawn = steps is None or steps >= FEWEST_STEPS
+    return drawn and audit["samples"] >= fewest and audit["false_positive_rate"] <= _strictest(audit)
+
+
+def _strictest(audit: Mapping[str, Any]) -> float:
+    """The rate of false alarms that counts: `RATE`, or what so few held-out images can vouch for."""
+    return max(RATE, 1 / (audit["held_out"] + 1))
+
+
+def read_audit(folder: Path) -> dict[str, Any]:
+    """`audit.json`; empty where there is none, and for one of an older medsd, which does not say all of `SAID`."""
+    audit = read_json(folder / "audit.json")
+    return audit if all(name in audit for name in SAID) and isinstance(audit["sampling"], dict) else {}

@@ -1,5 +1,7 @@
 """How a pushed model is loaded, as the lines to type: in medsd, and in plain diffusers."""
 
+import json
+
 from medsd.hub.contents import EMBEDS
 from medsd.hub.facts import Facts
 
@@ -23,7 +25,7 @@ vae = {class_name}.from_pretrained("{name}"{at})
 def loading(facts: Facts) -> str:
     """The card's section."""
     at = f', revision="{facts.revision}"' if facts.revision else ""
-    first = f'class_name="{facts.classes[0]}"' if facts.classes else ""
+    first = f"class_name={json.dumps(facts.classes[0], ensure_ascii=False)}" if facts.classes else ""
     ours = (
         f'from medsd import MedSDPipeline, read_image\n\npipe = MedSDPipeline.from_pretrained("{facts.name}"{at})\npipe({first}).images\n'
     )
@@ -52,8 +54,8 @@ def _plain_loading(facts: Facts, at: str) -> str:
     lines += [
         f'pipe.load_textual_inversion("{facts.name}", weight_name="{_embedding(token)}"{at})' for token in facts.of_data["class_tokens"]
     ]
-    side = facts.of_data["resolution"]
-    lines.append(f'pipe("{facts.of_data["prompts"][0]}", height={side}, width={side}).images')
+    prompt, side = next(iter(facts.of_data["prompts"]), ""), facts.of_data["resolution"]
+    lines.append(f"pipe({json.dumps(prompt, ensure_ascii=False)}, height={side}, width={side}).images")
     return "\n".join([*lines, ""])
 
 

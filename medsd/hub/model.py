@@ -23,10 +23,9 @@ from medsd.hub.contents import (
     record_of,
     shareable_audit,
     shareable_metrics,
-    weights_sha256,
 )
 from medsd.hub.facts import Facts
-from medsd.hub.gate import Outgoing, check_audit, check_base
+from medsd.hub.gate import Outgoing, check_audit, check_base, check_public
 from medsd.hub.privacy import Content, scan, stamps
 from medsd.hub.standalone import pipeline_source
 from medsd.hub.upload import Target, stated_licence, upload
@@ -41,9 +40,11 @@ def push_model(outgoing: Outgoing, target: Target) -> str:
 
     Without a licence, the one that the repository states already stays. Raises InputError where the gate is closed, and as `upload` does.
     """
+    if not target.private:
+        check_public(outgoing)
     if outgoing.licence is None:
         outgoing = replace(outgoing, licence=stated_licence(target))
-    before = stamps(contents(outgoing))
+    before = stamps(collect(outgoing.folder) | (figures_in(outgoing.report) if outgoing.report else {}))
     made = parcel(outgoing, target.name, target.revision)
     return upload(made, target, lambda path: OURS.fullmatch(path) is not None, "Upload a model trained with medsd", before)
 
@@ -68,7 +69,7 @@ def card_of(outgoing: Outgoing, name: str) -> str:
 
 def contents(outgoing: Outgoing) -> dict[str, Content]:
     """Everything but the card."""
-    audit = outgoing.audit()
+    audit = outgoing.audit
     checked = {} if audit is None else {"audit.json": as_json(shareable_audit(audit))}
     return collect(outgoing.folder) | checked | report_of(outgoing)
 
@@ -85,7 +86,7 @@ def report_of(outgoing: Outgoing) -> dict[str, Content]:
     if report is None or outgoing.checkpoint is not None or not (report / "metrics.json").is_file():
         return {}
     metrics = read_json(report / "metrics.json")
-    if metrics.get("weights_sha256") != weights_sha256(outgoing.folder):
+    if metrics.get("weights_sha256") != outgoing.weights_sha256:
         print(f"the card is without {report}/metrics.json, which is of other weights")
         return {}
     return figures_in(report) | {"metrics.json": as_json(shareable_metrics(metrics))}
@@ -104,7 +105,7 @@ def facts_of(outgoing: Outgoing, name: str, found: dict[str, Content], revision:
         config=yaml_flags(found),
         summary=summary if ours else {},
         metrics=json.loads(found.get("metrics.json", b"{}")),
-        audit=outgoing.audit(),
+        audit=outgoing.audit,
         base=base_of(folder),
         licence=outgoing.licence,
         data=None if isinstance(data, Path) else data,

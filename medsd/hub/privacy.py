@@ -30,7 +30,7 @@ SHORTEST = 4
 """Characters; ids and names below this are in every text by chance, so they are not searched for."""
 ANYWHERE = 8
 """Characters from which on a match inside a longer word counts too."""
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
 PLACE = re.compile(
     r"(?<![\w./])~?/(?=[\w .-]*\w)[\w.-][\w .-]*/[^\s/]"  # /home/doe, ~/scans/x
     r"|(?<![A-Za-z])[A-Za-z]:[\\/]{1,2}\w|\\\\\w+\\\w"  # C:\scans, D:/scans, \\server\share
@@ -97,7 +97,7 @@ class Secrets:
 def scan(parcel: Parcel, secrets: Secrets, remedy: str) -> None:
     """Raise InputError, which ends with `remedy`, where a parcel names a patient or a file, or holds a token or a path of this machine."""
     for path, content in parcel.items():
-        prose = not path.endswith((".json", ".jsonl", ".parquet", ".yaml"))
+        prose = path.endswith((".md", ".txt"))
         for place, text in texts_of(path, content):
             kind = secrets.kind_in(text, prose) or _kind_of_machine(text)
             if kind is not None:
@@ -237,9 +237,11 @@ def _column_texts(column: "pyarrow.ChunkedArray") -> Iterator[str]:
 
 
 def _strings(content: Any) -> Iterator[str]:
-    """Every key and every string of parsed JSON."""
+    """Every key and every string of parsed JSON, and every number that is long enough to be somebody's and no count."""
     if isinstance(content, str):
         yield content
+    elif isinstance(content, int) and len(str(content)) >= ANYWHERE:
+        yield str(content)
     elif isinstance(content, dict):
         for key, value in content.items():
             yield key

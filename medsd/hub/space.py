@@ -3,6 +3,8 @@
 A Space installs `requirements.txt`, in the versions that are installed here, and starts `app.py`, which finds the pipeline in a variable.
 """
 
+import shutil
+import subprocess
 from importlib.metadata import requires, version
 from pathlib import Path
 
@@ -54,13 +56,20 @@ def push_space(app: Path, pipeline: str, space: str, private: bool = True) -> st
 def space_parcel(app: Path, pipeline: str, space: str) -> dict[str, Content]:
     """What a Space holds."""
     card = CARD.format(title=space.split("/")[-1], gradio=version("gradio"), pipeline=pipeline)
-    sources = sorted(path for path in PACKAGE.rglob("*") if path.suffix in {".py", ".css"} and not path.is_symlink())
     return {
-        **{f"medsd/{path.relative_to(PACKAGE).as_posix()}": path for path in (*sources, PACKAGE / VOCABULARY)},
+        **{f"medsd/{path.relative_to(PACKAGE).as_posix()}": path for path in (*sources(), PACKAGE / VOCABULARY)},
         "requirements.txt": "\n".join([*needed(), ""]).encode(),
         "app.py": app,
         "README.md": card.encode(),
     }
+
+
+def sources() -> list[Path]:
+    """medsd's own; in a checkout those that git knows, and not what else lies there."""
+    found = sorted(path for path in PACKAGE.rglob("*") if path.suffix in {".py", ".css"} and not path.is_symlink())
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=PACKAGE, capture_output=True, text=True).stdout if shutil.which("git") else ""
+    known = {PACKAGE / name for name in listed.split("\0") if name}
+    return [path for path in found if path in known] if known else found
 
 
 def needed() -> list[str]:

@@ -84,14 +84,15 @@ def upload(parcel: Parcel, target: Target, ours: Callable[[str], bool], message:
 
 
 def stated_licence(target: Target) -> str | None:
-    """What the card of the repository says already; None where it says nothing, or cannot be asked."""
+    """What the card of the repository says already; None where it says nothing or is not there. Raises InputError as `upload`."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
-    try:
-        card = HfApi().repo_info(target.name, repo_type=target.kind).card_data
-    except (HTTPError, OSError, HFValidationError):
-        return None
+    with _one_line(target):
+        try:
+            card = _patiently(partial(HfApi().repo_info, target.name, repo_type=target.kind)).card_data
+        except RepositoryNotFoundError:
+            return None
     licence = card.get("license") if card else None
     return None if licence == "other" else licence
 
@@ -105,7 +106,7 @@ def check_sign_in(target: Target) -> None:
 
 
 def _branch(api: "HfApi", target: Target) -> None:
-    """Make the branch where it is not there, from the repository's first commit: what main says of its weights is not true of others."""
+    """Make the branch where it is not there, from the repository's first commit, so that it begins without main's weights and card."""
     branches = [ref.name for ref in api.list_repo_refs(target.name, repo_type=target.kind).branches]
     if target.revision not in branches:
         first = api.list_repo_commits(target.name, repo_type=target.kind)[-1].commit_id
@@ -150,10 +151,13 @@ def _passes(error: Exception) -> bool:
 
     if isinstance(error, OfflineModeIsEnabled):
         return False
-    status = _status(error)
+    if (status := _status(error)) is not None:
+        return status in PASSING
     broke = (HTTPError, ConnectionError, TimeoutError)
-    alone = isinstance(error, RuntimeError) and error.__cause__ is None and error.__context__ is None
-    return status in PASSING if status is not None else alone or isinstance(error, broke) or isinstance(error.__cause__, broke)
+    if isinstance(error, broke) or isinstance(error.__cause__, broke):
+        return True
+    # Xet's client, written in Rust, says of a broken way as of everything else a RuntimeError, behind which stands no other error.
+    return isinstance(error, RuntimeError) and error.__cause__ is None and error.__context__ is None
 
 
 def _answer(error: BaseException) -> Any:

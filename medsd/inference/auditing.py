@@ -1,6 +1,5 @@
 """The audit of a pipeline: does it copy the images that it was trained on, and do its errors tell them from others?"""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from medsd.evaluation.memorization import (
     pixel_neighbours,
 )
 from medsd.hub.contents import known_sha256
-from medsd.hub.gate import counts
+from medsd.hub.gate import counts, read_audit
 from medsd.inference.extractors import Extractor, Progress, extract
 from medsd.inference.pipeline import MedSDPipeline
 from medsd.inference.plan import make_plan
@@ -123,8 +122,10 @@ def replaces(audit: dict[str, Any], folder: Path) -> bool:
     It may where it failed, or where that one is of other weights, counts less (see `medsd.hub.gate.counts`), is of fewer samples, or passed
     with as many.
     """
-    file = folder / "audit.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        before = read_audit(folder)
+    except InputError:
+        return True  # Damaged.
     if before.get("weights_sha256") != audit["weights_sha256"] or audit["verdict"] == "failed":
         return True
     if counts(before) != counts(audit):

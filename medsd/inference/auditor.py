@@ -17,6 +17,7 @@ from medsd.data.transforms import column, row_labels, stratified, training_rows
 from medsd.errors import InputError
 from medsd.evaluation.memorization import Findings, membership
 from medsd.hub.contents import kind_of
+from medsd.hub.gate import RATE
 from medsd.inference.auditing import (
     MEMBERS,
     Seen,
@@ -37,9 +38,6 @@ from medsd.inference.pipeline import MedSDPipeline
 from medsd.models.autoencoders import load_vae
 from medsd.models.codec import LearnedCodec, codec_of, reconstruct
 from medsd.output import write_text
-
-RATE = 0.01
-"""Share of images that are no copies which may be flagged."""
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ def data_of(folder: Path, info: PipelineInfo, dataset_name: str | Path | None = 
     if Path(named).is_dir():
         return Path(named)
     asked = dataset_name is not None or read_json(record_of(folder, "environment.json")).get("data_on_hub") == named
-    if asked and looks_like_hub_id(str(named)) and load_info(str(named)).fingerprint == info.data.fingerprint:
+    if asked and looks_like_hub_id(str(named)) and info.data and load_info(str(named)).fingerprint == info.data.fingerprint:
         return str(named)  # A folder of this machine that is no longer there looks the same, so its name is not sent to the Hub.
     raise InputError(f"{named}: the data that {folder} was trained on is not there; name it with --dataset_name")
 

@@ -206,6 +206,7 @@ class MedSDPipeline(CalibratingMixin, ExplainingMixin, BoundMixin, DiffusionClas
         report: str | Path | None = None,
         licence: str | None = None,
         skip_audit: bool = False,
+        confirm_public_data: bool = False,
     ) -> str:
         """Push to a model repository `user/name`, through the gate that `medsd.hub.model` is; returns the repository's address.
 
@@ -215,6 +216,7 @@ class MedSDPipeline(CalibratingMixin, ExplainingMixin, BoundMixin, DiffusionClas
             dataset_name: prepared data that it was trained on; by default what the training's record names.
             report: folder of evaluate.py, for the card.
             licence: of the weights, such as `cc-by-nc-4.0`.
+            confirm_public_data: say that the training images may be public: for a public repository of a model that nobody audited.
 
         Raises InputError for weights that are not audited or failed it, for adapters of a local base, for what names a patient, and where
         the Hub refuses.
@@ -231,7 +233,8 @@ class MedSDPipeline(CalibratingMixin, ExplainingMixin, BoundMixin, DiffusionClas
             if folder is not None:
                 folders.copy_records(folder, made, ("config.yaml", "environment.json", "audit.json"))
             data = folders.data_of(folder or made, self.info, dataset_name)
-            outgoing = Outgoing(made, data, report and Path(report), licence, skip_audit, named=folder)
+            about = {"skip_audit": skip_audit, "confirmed": confirm_public_data, "named": folder}
+            outgoing = Outgoing(made, data, report and Path(report), licence, **about)
             return push_model(outgoing, Target(repo_id, "repo_id", private=private, revision=revision))
 
 

@@ -5,10 +5,11 @@ Hub's cache a file is a link into the `blobs` beside the snapshots, which counts
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-from medsd.errors import InputError
+from medsd.errors import InputError, first_line
 
 LIBRARIES = frozenset({"diffusers", "transformers"})
 PARTS = ("unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler", "learned_embeds", "models", "configs")
@@ -19,6 +20,22 @@ VOCABULARY = ("vocab_file", "merges_file", "tokenizer_file")
 """Keys of a tokenizer's config that some versions of transformers follow to a file anywhere."""
 REMEDY = "take the model from another place"
 CONVERT = "if you trust it, convert it with diffusers' save_pretrained"
+
+
+def trusted_folder(name: str) -> Path:
+    """The folder of one model, or a copy of its Hub repository's configs and safetensors; raises InputError as `check_trust` does."""
+    folder = Path(name) if Path(name).exists() else _downloaded(name)
+    check_trust(folder)
+    return folder
+
+
+def _downloaded(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: no folder here, nor a model on the Hub that can be reached ({first_line(error)})") from error
 
 
 def check_trust(folder: Path) -> None:
@@ -44,9 +61,9 @@ def _problem(file: Path, folder: Path) -> str | None:
     if not file.name.endswith("config.json"):
         return None
     config = _read(file, folder)
-    if key := next(iter(CODE.intersection(config)), None):
+    if key := next((key for key, _ in _entries(config) if key in CODE), None):
         return f"asks for code of its own ({key}), which is never run"
-    named = [file.parent / value for key, value in config.items() if key in VOCABULARY and isinstance(value, str)]
+    named = [file.parent / value for key, value in _entries(config) if key in VOCABULARY and isinstance(value, str)]
     return "names a file outside its folder" if any(path.exists() and not _inside(path, folder) for path in named) else None
 
 
@@ -77,6 +94,16 @@ def _blobs(folder: Path) -> list[Path]:
 
 def _shown(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
+
+
+def _entries(config: Any) -> Iterator[tuple[str, Any]]:
+    """Keys and values, however deep they lie: a part's config can hold those of its own parts."""
+    waiting = [config]
+    while waiting:
+        content = waiting.pop()
+        if isinstance(content, dict):
+            yield from content.items()
+        waiting += content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
 
 
 def _strings_in(weight_map: Any) -> list[str]:

@@ -19,7 +19,7 @@ from medsd.models.convert import read_weights
 from medsd.models.inception import FIRST_KEY, InceptionV3, build_inception
 from medsd.models.parts import first
 from medsd.models.resnet50 import ResNet50, build_resnet50, is_resnet50, torchvision_names
-from medsd.models.trust import check_trust
+from medsd.models.trust import trusted_folder
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 SIDE = 224
@@ -73,10 +73,10 @@ def load_vision_model(name: str) -> VisionModel:
     """
     from transformers import AutoModel
 
-    check_trust(Path(name))
+    folder = trusted_folder(name)
     options = {"use_safetensors": True, "dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
     try:
-        whole, info = AutoModel.from_pretrained(name, **options)
+        whole, info = AutoModel.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(
             f"{name}: no vision model of transformers with safetensors weights ({' '.join(str(error).split())[:200]})"

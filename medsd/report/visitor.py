@@ -21,7 +21,7 @@ from medsd.report.fragments import alert, answer, generated, rivals, seen
 Progress = Callable[..., Any]
 MINUTES = 30
 """After which a page forgets a dropped image."""
-MOST_PROMPTS = 32
+MOST_PROMPTS = 10
 
 
 def takes_prompts(pipe: MedSDPipeline) -> bool:

@@ -35,6 +35,11 @@ class Destination:
         """The repository."""
         return Target(self.hub_model_id, private=self.private)
 
+    @property
+    def command(self) -> str:
+        """What pushes there a run that has finished, whose flags follow."""
+        return f"python recipes/push.py --hub_model_id {self.hub_model_id}{'' if self.private else ' --no_hub_private_repo'}"
+
 
 def check_destination(destination: Destination, data: DataInfo, dataset_name: str) -> None:
     """Raise InputError, before days of training, for what would refuse a push after them: no sign-in, no audit, no private folder."""
@@ -72,8 +77,9 @@ def hand_over(accelerator: Any, loop: Loop, dataset_name: str, destination: Dest
         if destination.with_checkpoints:
             push_checkpoints(accelerator, loop, dataset_name, destination.hub_model_id)
     except InputError as error:
-        again = f"python recipes/push.py --pipeline {shlex.quote(str(folder))} --hub_model_id {destination.hub_model_id}"
-        raise InputError(f"{error}. {folder} is finished; once that is mended: {again}") from error
+        again = f"{destination.command} --pipeline {shlex.quote(str(folder))} --dataset_name {shlex.quote(dataset_name)}"
+        stay = " (its checkpoints stay here)" if destination.with_checkpoints else ""
+        raise InputError(f"{error}. {folder} is finished; once that is mended: {again}{stay}") from error
 
 
 def push_checkpoints(accelerator: Any, loop: Loop, dataset_name: str, hub_model_id: str) -> None:
