@@ -75,6 +75,8 @@ def main(config: EvaluateConfig) -> None:
     output_dir = Path(config.output_dir)
     check_output(output_dir, config.overwrite, [config.pipeline, config.dataset_name, config.scores, config.sweep])
     accelerator = start_processes()
+    if accelerator.is_main_process and not Path(config.scores).is_dir():
+        print(f"note: {config.scores} is not there, so the report has no classifier's part; recipes/classify.py makes it", flush=True)
     with alone_in(output_dir) if accelerator.is_main_process else nullcontext():
         try:
             evaluate(config, accelerator)
@@ -383,7 +385,9 @@ def say(evaluation: Evaluation) -> None:
         print(f"{name:<13} " + (f"{value:.4f}{shown}{beside}" if value is not None else f"none: {metrics['reasons'].get(name)}"))
     if found is not None:
         rate = f"{found['flagged']} of {found['samples']} flagged, {found['false_positive_rate']:.1%} expected of images that are no copies"
-        print(f"audit {found['verdict']}: {rate}; {found['copies']} copies; membership AUROC {found['membership_auroc']:.3f}")
+        low, high = found["membership_auroc_ci"]
+        known = f"membership AUROC {found['membership_auroc']:.3f} [{low:.3f}, {high:.3f}]"
+        print(f"audit {found['verdict']}: {rate}; {found['copies']} copies; {known}")
     if seen := metrics["n_training_patients"]:
         print(f"warning: {seen} patients of the real images are among those that the pipeline was trained on: name others with --split")
     print(f"report in {Path(evaluation.config.output_dir) / 'report.html'}")

@@ -30,7 +30,7 @@ def main(config: PushConfig) -> None:
         return say(prepare(config), config.hub_model_id)
     target = Target(config.hub_model_id, private=config.hub_private_repo, revision=config.revision)
     check_sign_in(target)
-    print(f"pushed to {push_model(prepare(config), target)}")
+    print(f"pushed to {push_model(prepare(config), target)}, which is {'private' if config.hub_private_repo else 'public'}")
 
 
 def prepare(config: PushConfig) -> "Outgoing":

@@ -235,7 +235,7 @@ def test_a_model_without_classes_takes_prompts(foreign, drop):
     assert words == ""
     html = classify(foreign, found, 1, "a head CT\n\n a chest <b> X-ray \n", 4, silent)
     assert "<span>a chest &lt;b&gt; X-ray</span>" in html and "<span>a head CT</span>" in html and "Red speaks for a " in html
-    assert "1 prompts; 2 to 32" in or_alert(classify, foreign, found, 1, "one", 4, silent)
+    assert "1 prompts; 2 to 10" in or_alert(classify, foreign, found, 1, "one", 4, silent)
     assert saved_png(generate(foreign, None, "a head CT", 0, 2, 1.0, silent)).width == side
 
 

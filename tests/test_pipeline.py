@@ -162,7 +162,8 @@ def test_images_of_other_sizes_and_kinds(info, images):
     large = np.kron(images[0], np.ones((1, 3, 3), dtype=np.int16))
     latents = pipe.encode_images([images[0], large])
     torch.testing.assert_close(latents[0], latents[1])
-    assert pipe.encode_images([Image.fromarray(np.zeros((40, 40), np.uint8))]).shape == (1, 16, 8, 8)
+    with pytest.warns(UserWarning, match="8-bit grey values are taken for HU"):
+        assert pipe.encode_images([Image.fromarray(np.zeros((40, 40), np.uint8))]).shape == (1, 16, 8, 8)
     with pytest.raises(InputError, match="2 channels"):
         pipe.encode_images([np.zeros((2, 32, 32))])
     with pytest.raises(InputError, match="shape"):

@@ -267,7 +267,7 @@ def test_every_number_stands_in_its_place(copied, phantom_data, tmp_path):
     card = text_of(parcel(Outgoing(copied, phantom_data, tmp_path / "report"), "user/heads")["README.md"])
     assert len(tables(card)["By class"]) == 6 and len(tables(card)["Classification"]) == 9
     assert_numbers(card, metrics | told, json.loads((copied / "audit.json").read_text()), classes)
-    assert "36 images of the test split" in card and "87.500 rows" in card and "12 generated against 35 real images" in card
+    assert "36 images of the test split" in card and "87.500 passes" in card and "12 generated against 35 real images" in card
     swapped = metrics | told | {"auroc": metrics["nll"], "nll": metrics["auroc"]}
     with pytest.raises(AssertionError):
         assert_numbers(card, swapped, None, classes)

@@ -117,7 +117,9 @@ def _what(facts: Facts) -> str:
     name, revision = facts.base or ("", None)
     start = f"It started from [{name}](https://huggingface.co/{name})" + (f", revision {revision}." if revision else ".") if name else ""
     licence = (
-        f"Licence: {facts.licence}." if facts.licence else "No licence was stated: ask the owner; the data and the base have terms, too."
+        f"Licence: {facts.licence}."
+        if facts.licence
+        else f"No licence was stated: ask the owner; the data{' and the base have' if facts.base else ' has'} terms, too."
     )
     lines += [part for part in (start, licence) if part]
     if facts.checkpoint is not None:
@@ -176,7 +178,7 @@ def _classification(facts: Facts) -> str:
     if not numbers:
         return ""
     cost = facts.metrics.get("rows_per_image")
-    spent = "" if cost is None else f" An image took {_number(cost)} rows of the UNet."
+    spent = "" if cost is None else f" An image took {_number(cost)} passes through the UNet on average."
     images = f"{facts.metrics['n']} images{_split(facts)}; 95 % intervals by patient bootstrap.{spent}"
     return f"{images}\n\n{numbers}\n\n" + _pictures(facts, ("roc", "confusion"))
 
@@ -193,9 +195,9 @@ def _calibration(facts: Facts) -> str:
     numbers = _numbers(facts.metrics, CALIBRATION)
     if not numbers:
         return ""
-    said = "These probabilities were calibrated." if facts.metrics.get("calibrated") else UNCALIBRATED
+    said = "These numbers are of calibrated probabilities." if facts.metrics.get("calibrated") else UNCALIBRATED
     kept = facts.info.get("calibration")
-    said += f" What is pushed is calibrated, too ({cell(kept['source'])})." if kept else " What is pushed holds no calibration."
+    said += f" What is pushed is calibrated ({cell(kept['source'])})." if kept else " What is pushed holds none, and is far too sure."
     return f"{said}\n\n{numbers}\n\n" + _pictures(facts, ("reliability",))
 
 
@@ -208,7 +210,10 @@ def _distribution(facts: Facts) -> str:
             rows.append([label, _with_interval(metrics, name), "" if floor is None else _number(floor)])
     if not rows:
         return ""
-    images = f"{metrics['n_generated']} generated against {metrics['n_real']} real images{_split(facts)}"
+    drawn, asked = "", metrics.get("sampling") or {}
+    if {"num_inference_steps", "guidance_scale"} <= asked.keys():
+        drawn = f" (in {asked['num_inference_steps']} steps, guidance {asked['guidance_scale']:g})"
+    images = f"{metrics['n_generated']} generated{drawn} against {metrics['n_real']} real images{_split(facts)}"
     judged = f"{images}, in features of `{metrics['extractor']}`; numbers of other features do not compare."
     return f"{judged}\n\n" + table(["", "value", "other real images"], rows)
 

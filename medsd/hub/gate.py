@@ -56,11 +56,11 @@ class Outgoing:
         """The folder's name in messages."""
         return self.named or self.folder
 
-    @property
-    def audit_command(self) -> str:
-        """What audits it and pushes it then."""
+    def audit_command(self, name: str) -> str:
+        """What audits it and pushes it then, to the repository of that name where it is one."""
         data = f" --dataset_name {shlex.quote(str(self.data))}" if self.data else ""
-        return f"python recipes/push.py --pipeline {shlex.quote(str(self.called))}{data} --audit_samples 256 --hub_model_id user/name"
+        where = f"--hub_model_id {name if '/' in name else 'user/name'}"
+        return f"python recipes/push.py --pipeline {shlex.quote(str(self.called))}{data} --audit_samples 256 {where}"
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -105,15 +105,15 @@ def check_public(outgoing: Outgoing) -> None:
         raise InputError("a model that nobody audited can show patients: a public repository for it needs --confirm_public_data")
 
 
-def check_audit(outgoing: Outgoing) -> None:
-    """Raise InputError where the weights have no audit that counts, with the command that makes one, or have failed it."""
+def check_audit(outgoing: Outgoing, name: str) -> None:
+    """Raise InputError where the weights have no audit that counts, with the command that makes one and pushes, or have failed it."""
     if outgoing.skip_audit or outgoing.checkpoint is not None:
         return
     audit = outgoing.audit
     if audit is None:
         there = (outgoing.folder / "audit.json").is_file()
         known = "its audit.json is of other weights, or of an older medsd" if there else "it has no audit.json"
-        raise InputError(f"{outgoing.called} was not audited for copies ({known}); nothing was sent. Type {outgoing.audit_command}")
+        raise InputError(f"{outgoing.called} was not audited for copies ({known}); nothing was sent. Type {outgoing.audit_command(name)}")
     if audit["verdict"] != "passed":
         found = f"{audit['copies']} copies, {audit['flagged']} of {audit['samples']} flagged"
         raise InputError(
@@ -125,7 +125,9 @@ def check_audit(outgoing: Outgoing) -> None:
         looked = f"{audit['samples']} images" + (f" of {steps} steps" if steps is not None else "")
         looked += f" and a rate of false alarms of {audit['false_positive_rate']:g}"
         wanted = f"{FEWEST_SAMPLES} of {FEWEST_STEPS} steps at least, and {_strictest(audit):g},"
-        raise InputError(f"{outgoing.called} was audited with {looked}; {wanted} count. Nothing was sent; type {outgoing.audit_command}")
+        raise InputError(
+            f"{outgoing.called} was audited with {looked}; {wanted} count. Nothing was sent; type {outgoing.audit_command(name)}"
+        )
 
 
 def counts(audit: Mapping[str, Any]) -> bool:

@@ -9,10 +9,12 @@ LOADING = {
     "StableDiffusionPipeline": """from diffusers import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained("{name}"{at})
+pipe({prompt}).images
 """,
     "MedSDPipeline": """from diffusers import DiffusionPipeline  # runs pipeline.py of this repository: read it first
 
 pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True{at}{code})
+pipe({first}).images
 """,
     "autoencoder": """from diffusers import {class_name}
 
@@ -25,7 +27,7 @@ vae = {class_name}.from_pretrained("{name}"{at})
 def loading(facts: Facts) -> str:
     """The card's section."""
     at = f', revision="{facts.revision}"' if facts.revision else ""
-    first = f"class_name={json.dumps(facts.classes[0], ensure_ascii=False)}" if facts.classes else ""
+    first = _first_class(facts)
     ours = (
         f'from medsd import MedSDPipeline, read_image\n\npipe = MedSDPipeline.from_pretrained("{facts.name}"{at})\npipe({first}).images\n'
     )
@@ -34,14 +36,17 @@ def loading(facts: Facts) -> str:
     plain = _plain_loading(facts, at)
     if facts.kind == "autoencoder":
         return f"```python\n{plain}```\n\nWith medsd:\n\n```bash\naccelerate launch recipes/finetune_unet.py --vae {facts.name}\n```"
-    return f"With medsd:\n\n```python\n{ours}```" + (f"\n\nWith diffusers alone:\n\n```python\n{plain}```" if plain else "")
+    without = f"\n\nWith diffusers and transformers, without medsd:\n\n```python\n{plain}```" if plain else ""
+    return f"With medsd:\n\n```python\n{ours}```{without}"
 
 
 def _plain_loading(facts: Facts, at: str) -> str:
     """In plain diffusers; empty where it cannot."""
     if facts.kind != "lora":
         code = at.replace("revision", "custom_revision") if at else ""
-        return LOADING.get(facts.class_name, LOADING["autoencoder"]).format(name=facts.name, class_name=facts.class_name, at=at, code=code)
+        return LOADING.get(facts.class_name, LOADING["autoencoder"]).format(
+            name=facts.name, class_name=facts.class_name, at=at, code=code, first=_first_class(facts), prompt=_first_prompt(facts)
+        )
     if facts.base is None:
         return ""
     base, revision = facts.base
@@ -54,9 +59,18 @@ def _plain_loading(facts: Facts, at: str) -> str:
     lines += [
         f'pipe.load_textual_inversion("{facts.name}", weight_name="{_embedding(token)}"{at})' for token in facts.of_data["class_tokens"]
     ]
-    prompt, side = next(iter(facts.of_data["prompts"]), ""), facts.of_data["resolution"]
-    lines.append(f"pipe({json.dumps(prompt, ensure_ascii=False)}, height={side}, width={side}).images")
+    side = facts.of_data["resolution"]
+    lines.append(f"pipe({_first_prompt(facts)}, height={side}, width={side}).images")
     return "\n".join([*lines, ""])
+
+
+def _first_class(facts: Facts) -> str:
+    """What asks for an image of the first class; empty where there is none."""
+    return f"class_name={json.dumps(facts.classes[0], ensure_ascii=False)}" if facts.classes else ""
+
+
+def _first_prompt(facts: Facts) -> str:
+    return json.dumps(next(iter(facts.of_data.get("prompts", ())), ""), ensure_ascii=False)
 
 
 def _embedding(token: str) -> str:

@@ -52,7 +52,7 @@ def push_model(outgoing: Outgoing, target: Target) -> str:
 def parcel(outgoing: Outgoing, name: str, revision: str | None = None) -> dict[str, Content]:
     """All that is sent, once the gate is open: weights, configs, records, figures, and a card with this name."""
     check_base(outgoing)
-    check_audit(outgoing)
+    check_audit(outgoing, name)
     found = contents(outgoing)
     facts = facts_of(outgoing, name, found, revision)
     # The card says nothing but these facts; its own words, and those of medsd's sources, are the same for everybody.

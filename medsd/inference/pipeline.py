@@ -95,7 +95,8 @@ class MedSDPipeline(CalibratingMixin, ExplainingMixin, BoundMixin, DiffusionClas
         except InputError:
             raise
         except UNLOADABLE as error:
-            raise InputError(f"{name} cannot be loaded ({first_line(error)}): copy the folder again, or take another model") from error
+            remedy = "copy the folder again, or take another model" if Path(name).exists() else "look at its name and the way to the Hub"
+            raise InputError(f"{name} cannot be loaded ({first_line(error)}): {remedy}") from error
 
     @classmethod
     def _loaded(cls, name: str, options: dict[str, Any]) -> "MedSDPipeline":

@@ -1,6 +1,7 @@
 """`MedSDPipeline` as a classifier: images -> latents -> losses -> class probabilities, and their calibration."""
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -277,7 +278,7 @@ class ScoringMixin:
         each image is measured.
         """
         if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
-            raise InputError("one image: a list of arrays (C, H, W), as medsd.read_image gives, or of PIL images is expected")
+            raise InputError("one image: a list of arrays (C, H, W) in the source's unit, or of PIL images, is expected")
         if not len(images):
             raise InputError("no image to encode")
         if ranges is not None and len(ranges) != len(images):
@@ -299,11 +300,13 @@ class ScoringMixin:
         pixels = pixels_of(image) if isinstance(image, Image.Image) else np.asarray(image)
         expected, data = self.data.image_channels, self.data
         if pixels.ndim != 3:
-            raise InputError(f"an image of shape {pixels.shape}; (channels, height, width) is expected, as medsd.read_image gives")
+            raise InputError(f"an image of shape {pixels.shape}; (channels, height, width) is expected, in the source's unit")
         if len(pixels) == 1 and expected == 3:
             pixels = pixels.repeat(3, 0)
         if len(pixels) != expected:
             raise InputError(f"an image of {len(pixels)} channels; this pipeline was trained on images of {expected}")
+        if data.unit == "HU" and pixels.dtype == np.uint8:
+            warnings.warn("8-bit grey values are taken for HU: give the DICOM or NIfTI file that the image was made from", stacklevel=2)
         if not np.isfinite(pixels).all():
             raise InputError("an image with values that are not finite: its file is damaged, or was written so")
         grey = expected - label_channels(data.intensity_map, expected)
