@@ -10,7 +10,7 @@ from typing import Any
 
 from medsd.hub.facts import Facts
 from medsd.hub.loading import loading
-from medsd.hub.markdown import cell, table
+from medsd.hub.markdown import SPLITS, cell, counts, patient_rules, table
 
 CLASSIFIER = {
     "auroc": "AUROC",
@@ -37,7 +37,6 @@ HUB_METRICS = {"auroc": "roc_auc", "nll": "nll", "accuracy": "accuracy"}
 """A number's name on the Hub, where that is another or known one."""
 INDEXED = {"image-classification": ("auroc", "balanced_accuracy", "ece", "nll"), "text-to-image": ("fid", "kid")}
 SUBGROUP = ("auroc", "balanced_accuracy", "ece", "nll")
-SPLITS = ("train", "validation", "test")
 UNAUDITED = "**Not audited for copies of training images.** It may reproduce images of patients: do not make it public."
 UNCALIBRATED = "**Not calibrated: the order of classes counts, not their probabilities.**"
 HOLDS = {
@@ -141,13 +140,9 @@ def _data(facts: Facts) -> str:
         return ""
     lines = [f"[{facts.data}](https://huggingface.co/datasets/{facts.data})" if facts.data else ""]
     if summary:
-        names = list(next(iter(summary["classes"].values())))
-        rows = [[cell(name), *(str(summary["classes"][split].get(name, 0)) for split in SPLITS)] for name in names]
-        rows += [[what, *(str(summary[what][split]) for split in SPLITS)] for what in ("images", "patients")]
-        lines.append(table(["", *SPLITS], rows))
-        rules = ", ".join(f"{cell(rule)} ({count} images)" for rule, count in summary["patient_rule"].items())
+        lines.append(table(["", *SPLITS], [row for rows in counts(summary) for row in rows]))
         kinds = ", ".join(f"{cell(kind)} ({count})" for kind, count in (summary.get("modalities") or {}).items())
-        lines.append(f"Split by patient, whom these tell: {rules}." + (f" Modality: {kinds}." if kinds else ""))
+        lines.append(f"Split by patient, whom these tell: {patient_rules(summary)}." + (f" Modality: {kinds}." if kinds else ""))
         if "file" in summary["patient_rule"]:
             lines.append("Where it is the file, no patient was known, and one may be in two splits.")
     lines.append(f"Intensity map from {cell(data['unit'])} to [-1, 1]: `{json.dumps(data['intensity'])}`.")

@@ -10,14 +10,13 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from medsd.errors import InputError
-from medsd.hub.markdown import cell, table
+from medsd.hub.contents import read_json
+from medsd.hub.markdown import CARD, SPLITS, cell, counts, patient_rules, table
 from medsd.hub.privacy import Parcel, Secrets, scan, stamps
 from medsd.hub.upload import Target, upload
 
 TEXTS = ("medsd.json", "summary.json", "duplicates.jsonl", "quarantine.jsonl")
 STAYS = "contact_sheet.png"
-CARD = "README.md"
-SPLITS = ("train", "validation", "test")
 COLUMNS = {
     "key": "salted hash that stands for the image",
     "image": "struct of `bytes`, `shape` = [C, H, W] and `dtype`: the source's own numbers, resized, never clipped",
@@ -65,7 +64,7 @@ def parcel_of(folder: Path, hub_dataset_id: str) -> Parcel:
 
 def check_privacy(folder: Path, parcel: Parcel) -> None:
     """Raise InputError where a file to be sent holds what only `DATA.private` may hold; see `medsd.hub.privacy`."""
-    secrets = Secrets.of(folder, _read_json(folder / "medsd.json")["class_names"])
+    secrets = Secrets.of(folder, read_json(folder / "medsd.json")["class_names"])
     scan(parcel, secrets, "look whether a label, a prompt or a class names patients or files, and prepare the data again")
 
 
@@ -74,7 +73,7 @@ def files_to_send(folder: Path) -> list[str]:
     missing = next((name for name in TEXTS if not (folder / name).is_file()), None)
     if missing is not None:
         raise InputError(f"{folder} has no {missing}: name a folder that prepare_data.py wrote")
-    shards = [f"data/{name}" for name in sorted(_read_json(folder / "summary.json")["shards"])]
+    shards = [f"data/{name}" for name in sorted(read_json(folder / "summary.json")["shards"])]
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir() or file.is_symlink()}
     visible = {path for path in found if not any(part.startswith(".") for part in PurePath(path).parts)}
     foreign = sorted(visible - {*shards, *TEXTS, STAYS})
@@ -86,16 +85,9 @@ def files_to_send(folder: Path) -> list[str]:
     return [*shards, *TEXTS]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: prepare the data again") from error
-
-
 def dataset_card(folder: Path, hub_dataset_id: str) -> str:
     """`README.md` of the repository: what it is, how it was split, how to load it."""
-    info, summary = _read_json(folder / "medsd.json"), _read_json(folder / "summary.json")
+    info, summary = read_json(folder / "medsd.json"), read_json(folder / "summary.json")
     return f"""---
 {_front_matter(summary, hub_dataset_id)}---
 
@@ -163,21 +155,19 @@ def _what(info: dict[str, Any], summary: dict[str, Any]) -> str:
 
 def _counts(info: dict[str, Any], summary: dict[str, Any]) -> str:
     """A line per class, a column per split."""
-    prompts = dict(zip(info["class_names"], info["prompts"], strict=True))
-    names = list(next(iter(summary["classes"].values())))
-    rows = [[cell(name), cell(prompts.get(name, "")), *(str(summary["classes"][split][name]) for split in SPLITS)] for name in names]
-    rows += [[what, "", *(str(summary[what][split]) for split in SPLITS)] for what in ("images", "patients")]
+    prompts = {cell(name): cell(prompt) for name, prompt in zip(info["class_names"], info["prompts"], strict=True)}
+    classes, totals = counts(summary)
+    rows = [[name, prompts.get(name, ""), *numbers] for name, *numbers in classes] + [[name, "", *numbers] for name, *numbers in totals]
     several = "\n\nSeveral findings, or none, can hold in one image." if info["multi_label"] else ""
     return table(["class", "prompt", *SPLITS], rows) + several
 
 
 def _how(info: dict[str, Any], summary: dict[str, Any]) -> str:
-    rules = ", ".join(f"{cell(rule)} ({count} images)" for rule, count in summary["patient_rule"].items())
     pairs = sum(summary["duplicates"].values())
     lines = [
         "Prepared by medsd: longer side shrunk by area averaging, never enlarged; no intensity was clipped or rescaled.",
         f"Made square by `{info['resize']}`.",
-        f"Split by patient: no patient is in two splits. Patients are known from: {rules}.",
+        f"Split by patient: no patient is in two splits. Patients are known from: {patient_rules(summary)}.",
         f"Pairs that look the same in two splits: {pairs}; images dropped for it: {summary['duplicates_dropped']}.",
         f"Files that could not be read: {summary['quarantined']}.",
         "Ids are salted hashes; of headers only age band, sex, scanner's maker and view were kept. Images that may have text burned"

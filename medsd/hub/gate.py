@@ -123,8 +123,8 @@ def check_audit(outgoing: Outgoing, name: str) -> None:
     if not counts(audit):
         steps = audit["sampling"]["num_inference_steps"]
         looked = f"{audit['samples']} images" + (f" of {steps} steps" if steps is not None else "")
-        looked += f" and a rate of false alarms of {audit['false_positive_rate']:g}"
-        wanted = f"{FEWEST_SAMPLES} of {FEWEST_STEPS} steps at least, and {_strictest(audit):g},"
+        looked += f", at a rate of false alarms of {audit['false_positive_rate']:g}"
+        wanted = f"at least {FEWEST_SAMPLES} of {FEWEST_STEPS} steps, at a rate of at most {_strictest(audit):g},"
         raise InputError(
             f"{outgoing.called} was audited with {looked}; {wanted} count. Nothing was sent; type {outgoing.audit_command(name)}"
         )

@@ -26,11 +26,11 @@ from medsd.hub.contents import (
 )
 from medsd.hub.facts import Facts
 from medsd.hub.gate import Outgoing, check_audit, check_base, check_public
+from medsd.hub.markdown import CARD
 from medsd.hub.privacy import Content, scan, stamps
 from medsd.hub.standalone import pipeline_source
 from medsd.hub.upload import Target, stated_licence, upload
 
-CARD = "README.md"
 OWN_CLASS = "MedSDPipeline"
 REMEDY = "take it out, or look whether a class, a prompt or a folder's name says whose images these are"
 
