@@ -89,6 +89,12 @@ class Outgoing:
         return Path(named) if named and (Path(named) / INFO).is_file() else None
 
 
+def check_gate(outgoing: Outgoing, name: str) -> None:
+    """Raise InputError where the model may not leave for the repository of that name, whoever may see that."""
+    check_base(outgoing)
+    check_audit(outgoing, name)
+
+
 def check_base(outgoing: Outgoing) -> None:
     """Raise InputError for adapters of a model that nobody else has."""
     base = read_json(outgoing.folder / INFO).get("base")

@@ -25,7 +25,7 @@ from medsd.hub.contents import (
     shareable_metrics,
 )
 from medsd.hub.facts import Facts
-from medsd.hub.gate import Outgoing, check_audit, check_base, check_public
+from medsd.hub.gate import Outgoing, check_gate, check_public
 from medsd.hub.markdown import CARD
 from medsd.hub.privacy import Content, scan, stamps
 from medsd.hub.standalone import pipeline_source
@@ -40,21 +40,20 @@ def push_model(outgoing: Outgoing, target: Target) -> str:
 
     Without a licence, the one that the repository states already stays. Raises InputError where the gate is closed, and as `upload` does.
     """
+    before = stamps(collect(outgoing.folder) | (figures_in(outgoing.report) if outgoing.report else {}))
+    check_gate(outgoing, target.name)
     if not target.private:
         check_public(outgoing)
-    if outgoing.licence is None:
-        outgoing = replace(outgoing, licence=stated_licence(target))
-    before = stamps(collect(outgoing.folder) | (figures_in(outgoing.report) if outgoing.report else {}))
-    made = parcel(outgoing, target.name, target.revision)
+    licence = outgoing.licence or stated_licence(target)
+    made = parcel(outgoing, target.name, target.revision, licence)
     return upload(made, target, lambda path: OURS.fullmatch(path) is not None, "Upload a model trained with medsd", before)
 
 
-def parcel(outgoing: Outgoing, name: str, revision: str | None = None) -> dict[str, Content]:
-    """All that is sent, once the gate is open: weights, configs, records, figures, and a card with this name."""
-    check_base(outgoing)
-    check_audit(outgoing, name)
+def parcel(outgoing: Outgoing, name: str, revision: str | None = None, licence: str | None = None) -> dict[str, Content]:
+    """All that is sent, once the gate is open: weights, configs, records, figures, and a card with this name and licence."""
+    check_gate(outgoing, name)
     found = contents(outgoing)
-    facts = facts_of(outgoing, name, found, revision)
+    facts = replace(facts_of(outgoing, name, found), revision=revision, licence=licence or outgoing.licence)
     # The card says nothing but these facts; its own words, and those of medsd's sources, are the same for everybody.
     scan(found | {"facts.json": json.dumps(asdict(facts)).encode()}, outgoing.secrets(), REMEDY)
     if class_of(outgoing.folder) == OWN_CLASS:
@@ -92,7 +91,7 @@ def report_of(outgoing: Outgoing) -> dict[str, Content]:
     return figures_in(report) | {"metrics.json": as_json(shareable_metrics(metrics))}
 
 
-def facts_of(outgoing: Outgoing, name: str, found: dict[str, Content], revision: str | None = None) -> Facts:
+def facts_of(outgoing: Outgoing, name: str, found: dict[str, Content]) -> Facts:
     """What the card says."""
     folder, data, info = outgoing.folder, outgoing.data, read_json(outgoing.folder / INFO)
     summary = read_json(data / "summary.json") if isinstance(data, Path) else {}
@@ -111,7 +110,6 @@ def facts_of(outgoing: Outgoing, name: str, found: dict[str, Content], revision:
         data=None if isinstance(data, Path) else data,
         figures=tuple(path for path in found if path.startswith("figures/")),
         checkpoint=outgoing.checkpoint,
-        revision=revision,
     )
 
 
