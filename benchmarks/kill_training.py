@@ -63,8 +63,8 @@ FLAGS = {
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 IMAGES = 32
 """In an update: so many that sums are split over all cores, whose order must not matter."""
-TOLD = {"config.yaml", "environment.json", "metrics.jsonl"}
-"""Files that hold times, or flags such as `--resume_from_checkpoint`."""
+TOLD = {"config.yaml", "environment.json", "metrics.jsonl", "README.md"}
+"""Files that hold times, flags such as `--resume_from_checkpoint`, or the run's name."""
 Rows = dict[int, list[list[int]]]
 """Update -> the rows of each of its micro-batches."""
 
@@ -240,11 +240,12 @@ def train_or_exit(flags: dict[str, Any], rows: Path, seconds: Path | None = None
 
 
 def outcome(run: Path) -> dict[str, str]:
-    """sha256 of a finished run's files, without those that hold times; and of its losses."""
+    """sha256 of a finished run's files, without those that hold times; of its losses; and of its card, whatever its name is."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = json.dumps([{name: value for name, value in line.items() if name != "time"} for line in lines])
     files = {name: digest for name, digest in digests(run).items() if name not in TOLD}
-    return files | {"losses": hashlib.sha256(losses.encode()).hexdigest()}
+    card = (run / "README.md").read_text().replace(run.name, "RUN")
+    return files | {"losses": hashlib.sha256(losses.encode()).hexdigest(), "README.md": hashlib.sha256(card.encode()).hexdigest()}
 
 
 def read_rows(path: Path) -> Rows:
