@@ -23,7 +23,6 @@ from medsd.config import EvaluateConfig
 if TYPE_CHECKING:
     import numpy as np
     from accelerate import Accelerator
-    from tqdm import tqdm
 
     from medsd.evaluation.features import Features
     from medsd.inference.extractors import Extractor
@@ -190,6 +189,8 @@ def classifier(evaluation: Evaluation) -> None:
 
 def distributions(evaluation: Evaluation) -> None:
     """FID, KID and their kin, overall and by class, and the audit, which looks at the same features."""
+    from tqdm import tqdm
+
     from medsd.data.transforms import column
     from medsd.evaluation.distribution import by_class, distribution_metrics
     from medsd.inference.auditing import unit_images
@@ -199,7 +200,7 @@ def distributions(evaluation: Evaluation) -> None:
     config, pipe, judged, extractor = evaluation.config, evaluation.pipe, evaluation.generated, evaluation.extractor
     patients = column(evaluation.rows, "patient_id").to_pylist()
     rows, labels = floor_rows(pipe, config.dataset_name, floor_split(config), config.label_map, judged, config.seed)
-    with looking(len(patients) + len(judged.labels) + len(rows or ())) as bar:
+    with tqdm(total=len(patients) + len(judged.labels) + len(rows or ()), desc="features", unit="image") as bar:
         see = partial(extract, extractor, progress=bar.update)
         real, generated = see(unit_images(pipe.data, evaluation.rows)()), see(judged.batches())
         other = see(unit_images(pipe.data, rows)()) if rows else None
@@ -210,13 +211,6 @@ def distributions(evaluation: Evaluation) -> None:
         evaluation.add(by_class(*sides, patients, pipe.class_names, other, labels, others, seed=config.seed))
     evaluation.material.features = {"real": (real.values, evaluation.labels), "generated": (generated.values, judged.labels)}
     audit(evaluation, generated)
-
-
-def looking(images: int) -> "tqdm":
-    """A bar of images whose features are taken."""
-    from tqdm import tqdm
-
-    return tqdm(total=images, desc="features", unit="image")
 
 
 def floor_split(config: EvaluateConfig) -> str:
@@ -231,8 +225,6 @@ def floor_split(config: EvaluateConfig) -> str:
 
 def audit(evaluation: Evaluation, generated: "Features") -> None:
     """Copies of training images among the generated ones, where the data is what the pipeline was trained on."""
-    from tqdm import tqdm
-
     from medsd.inference.auditing import Seen, membership_signal, no_audit
     from medsd.inference.auditor import compare
     from medsd.report.images import suspects
@@ -245,8 +237,7 @@ def audit(evaluation: Evaluation, generated: "Features") -> None:
         return
     samples, told, drawn = Seen.of(judged.batches, generated.values), judged.told(config.seed), told_sampling(evaluation)
     about = (Path(config.pipeline), config.dataset_name, pipe.data, pipe.fingerprint())
-    with tqdm(desc="looking for copies", unit="image") as bar:
-        made = compare(*about, extractor, samples, told, drawn, config.false_positive_rate, bar.update)
+    made = compare(*about, extractor, samples, told, drawn, config.false_positive_rate)
     evaluation.audit = made.record | membership_signal(pipe, *made.rows, config.seed)
     material, found = evaluation.material, made.found
     material.audit, material.audit_scores = evaluation.audit, (found.scores, found.held_out_scores, found.threshold)

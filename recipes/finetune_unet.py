@@ -75,6 +75,8 @@ def fine_tune(config: FinetuneUNetConfig, guard: "Guard") -> None:
     record = RunRecord(output_dir, config, accelerator.is_main_process, config.report_to == "tensorboard")
     with record, guard.watching_memory():
         loop = train(config, accelerator, pipe, rows, source, record, guard, checkpoint)
+    pictures = f", pictures in {output_dir / 'preview.png'}" if config.validation_steps else ""
+    accelerator.print(f"pipeline in {output_dir}{pictures}")
     hand_over(accelerator, loop, config.dataset_name, destination)
     folder, data = shlex.quote(str(output_dir)), shlex.quote(config.dataset_name)
     scores, images = (shlex.quote(str(output_dir.with_name(name))) for name in ("scores", "images"))
@@ -365,9 +367,6 @@ def train(
         with writing(record.folder, AGAIN):
             pipe.save_pretrained(record.folder)
     loop.finish()
-    accelerator.print(
-        f"pipeline in {record.folder}" + (f", pictures in {record.folder / 'preview.png'}" if config.validation_steps else "")
-    )
     return loop
 
 

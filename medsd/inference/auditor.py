@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from medsd.data.dataset import DataInfo, load_dataset
 from medsd.data.transforms import column, row_labels, stratified, training_rows
@@ -29,7 +30,7 @@ from medsd.inference.auditing import (
     replaces,
     unit_images,
 )
-from medsd.inference.extractors import CodecFeatures, Extractor, Progress, extract, load_extractor
+from medsd.inference.extractors import CodecFeatures, Extractor, extract, load_extractor
 from medsd.inference.folder import read_info, trained_on
 from medsd.inference.gallery import Gallery
 from medsd.inference.generating import Sampling
@@ -76,7 +77,8 @@ def audit_pipeline(folder: Path, dataset_name: str, data: DataInfo, samples: int
     with TemporaryDirectory() as work:
         judged = Judged(Gallery(Path(work) / "audit", {}), plan, names)
         judged.gallery.begin()
-        judged.draw(pipe, Sampling(seed=seed), 0, 1)
+        with tqdm(total=len(judged.labels), desc="generating", unit="image") as bar:
+            judged.draw(pipe, Sampling(seed=seed), 0, 1, bar.update)
         extractor = load_extractor("unet", pipe, device)
         seen = Seen.of(judged.batches, extract(extractor, judged.batches()).values)
     drawn = Sampling(seed=seed).told(type(pipe.scheduler).__name__, names[0])
@@ -113,12 +115,12 @@ def compare(
     told: list[dict[str, Any]],
     sampling: dict[str, Any],
     rate: float = RATE,
-    progress: Progress = lambda images: None,
 ) -> Compared:
     """Samples of the model in `folder` beside the images that it was trained on, and held-out ones; arguments as in `audit_record`."""
     training = training_rows(load_dataset(dataset_name, "train"), *trained_on(folder))
     held_out = held_out_rows(dataset_name)
-    found, rate = audit_rows(extractor, seen, data, training, held_out, rate, progress)
+    with tqdm(total=2 * len(training) + len(held_out), desc="looking for copies", unit="image") as bar:
+        found, rate = audit_rows(extractor, seen, data, training, held_out, rate, bar.update)
     keys = column(training, "key").to_pylist()
     name = f"{extractor.name} sha256:{extractor.sha256}"
     return Compared(audit_record(folder, model, data, found, rate, name, keys, told, sampling), found, (training, held_out))
