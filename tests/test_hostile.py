@@ -118,6 +118,11 @@ def pickled(file, ran):
     torch.save({"weight": Surprise(ran)}, file)
 
 
+def pickled_instead(weights, name, ran):
+    weights.unlink()
+    pickled(weights.with_name(name), ran)
+
+
 def code(file, ran):
     file.write_text(f"open({str(ran)!r}, 'w')\nclass Mine: pass\n")
 
@@ -136,20 +141,17 @@ def shards(file, name):
 
 @hostile("sd", "unet/ holds pickled weights")
 def pickled_unet(folder, outside, ran):
-    (folder / "unet" / WEIGHTS).unlink()
-    pickled(folder / "unet" / "diffusion_pytorch_model.bin", ran)
+    pickled_instead(folder / "unet" / WEIGHTS, "diffusion_pytorch_model.bin", ran)
 
 
 @hostile("sd", "vae/ holds pickled weights")
 def pickled_vae(folder, outside, ran):
-    (folder / "vae" / WEIGHTS).unlink()
-    pickled(folder / "vae" / "diffusion_pytorch_model.bin", ran)
+    pickled_instead(folder / "vae" / WEIGHTS, "diffusion_pytorch_model.bin", ran)
 
 
 @hostile("sd", "text_encoder/ holds pickled weights")
 def pickled_text_encoder(folder, outside, ran):
-    (folder / "text_encoder" / "model.safetensors").unlink()
-    pickled(folder / "text_encoder" / "pytorch_model.bin", ran)
+    pickled_instead(folder / "text_encoder" / "model.safetensors", "pytorch_model.bin", ran)
 
 
 @hostile("sd", "cannot be loaded")
@@ -283,8 +285,7 @@ def weights_longer_than_their_file(folder, outside, ran):
 
 @hostile("lora", "misses pytorch_lora_weights.safetensors")
 def pickled_adapters(folder, outside, ran):
-    (folder / "pytorch_lora_weights.safetensors").unlink()
-    pickled(folder / "pytorch_lora_weights.bin", ran)
+    pickled_instead(folder / "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", ran)
 
 
 @hostile("lora", "cannot be loaded")
@@ -317,14 +318,12 @@ def adapters_of_a_model_that_was_changed(folder, outside, ran):
 @hostile("lora", "no safetensors weights")
 def adapters_with_a_pickled_autoencoder(folder, outside, ran):
     shutil.copytree(folder.parent / "sd" / "vae", folder / "vae")
-    (folder / "vae" / WEIGHTS).unlink()
-    pickled(folder / "vae" / "diffusion_pytorch_model.bin", ran)
+    pickled_instead(folder / "vae" / WEIGHTS, "diffusion_pytorch_model.bin", ran)
 
 
 @hostile("unconditional", "unet/ holds pickled weights")
 def pickled_unconditional_unet(folder, outside, ran):
-    (folder / "unet" / WEIGHTS).unlink()
-    pickled(folder / "unet" / "diffusion_pytorch_model.bin", ran)
+    pickled_instead(folder / "unet" / WEIGHTS, "diffusion_pytorch_model.bin", ran)
 
 
 @hostile("unconditional", "from mine, not diffusers or transformers")
@@ -346,8 +345,7 @@ def index_of_an_autoencoder(folder, outside, ran):
 
 @hostile("vae", "safetensors", load_vae)
 def pickled_autoencoder(folder, outside, ran):
-    (folder / WEIGHTS).unlink()
-    pickled(folder / "diffusion_pytorch_model.bin", ran)
+    pickled_instead(folder / WEIGHTS, "diffusion_pytorch_model.bin", ran)
 
 
 @hostile("vae", "is a link to a place outside", load_vae)
@@ -363,8 +361,7 @@ def features_of_own_code(folder, outside, ran):
 
 @hostile("vision", "safetensors", load_vision_model)
 def pickled_features(folder, outside, ran):
-    (folder / "model.safetensors").unlink()
-    pickled(folder / "pytorch_model.bin", ran)
+    pickled_instead(folder / "model.safetensors", "pytorch_model.bin", ran)
 
 
 @hostile("file", "Python objects, which could run code")

@@ -461,6 +461,13 @@ def test_what_was_pushed_is_saved_as_it_was(copied, phantom_data, tmp_path):
     assert weights_sha256(tmp_path / "again") == weights_sha256(pushed)
 
 
+def test_a_folder_that_is_not_there_or_not_trained_is_named(tmp_path):
+    with pytest.raises(InputError, match="gone: no such folder; name one that a training has finished"):
+        push.main(PushConfig(pipeline=str(tmp_path / "gone")))
+    with pytest.raises(InputError, match="holds neither a pipeline nor an autoencoder"):
+        push.main(PushConfig(pipeline=str(tmp_path)))
+
+
 def test_links_and_foreign_files_do_not_travel(copied, phantom_data, tmp_path):
     passed(copied)
     outside = tmp_path / "diffusion_pytorch_model.safetensors"

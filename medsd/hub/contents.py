@@ -96,6 +96,8 @@ Kind = Literal["pipeline", "lora", "autoencoder"]
 
 def kind_of(folder: Path) -> Kind:
     """What a trained folder holds; raises InputError for another one."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; name one that a training has finished")
     if (folder / INDEX).is_file():
         return "pipeline"
     if (folder / LORA).is_file():
